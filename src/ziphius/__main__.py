@@ -1,0 +1,10 @@
+"""`python -m ziphius` and the `ziphius` command."""
+
+from __future__ import annotations
+
+from ziphius.cli import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""CudaBackend: attention by the GPU kernels: split decode over the paged cache, flash attention for prompt chunks.
+
+Decoding never expands the latent cache. A prompt chunk expands the latents of all it sees through kv_b, as many heads
+at a time as a fixed amount of memory holds, and attends to ordinary keys and values. With `batch_invariant` every
+token is a decode row, cut at fixed lengths: slower for prompts, the same bits in any company.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ziphius.attention.backend import ProjectedTokens
+from ziphius.attention.batch import ForwardBatch
+from ziphius.kernels.gpu.combine import combine, combine_values
+from ziphius.kernels.gpu.flash_prefill import Tiles, flash_prefill, make_tiles
+from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.mla_inputs import NewTokens, decode_inputs, prompt_inputs
+from ziphius.kernels.gpu.paged_decode import FIXED_SPLIT, Paged, gqa_parts, mla_parts, split_plan
+from ziphius.kernels.gpu.tuning import Tuned
+from ziphius.kv_cache.kv_pool import KVCache, LatentCache
+from ziphius.layers.ops import LayerOps
+
+_EXPANDED_BYTES = 1 << 30
+"""Most memory that expanded keys and values take at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What all layers of one step share."""
+
+    batch: ForwardBatch
+    rows: int
+    """Tokens that are computed as decode rows: the first ones."""
+    paged: Paged
+    longest: int
+    """At least the tokens of the longest decode row."""
+    tiles: Tiles | None
+    """The chunks' queries, counted from the first token that is not a decode row."""
+    key_slots: Tensor | None
+    """Where everything that the chunks see lies; None: in this step's own tokens."""
+
+
+class CudaBackend:
+    def __init__(self, device: torch.device, batch_invariant: bool = False) -> None:
+        self._gpu = Gpu.of(device, batch_invariant)
+        self._tuned = Tuned.of(self._gpu)
+        self._plan: _Plan | None = None
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        if self._gpu.batch_invariant and batch.num_decodes < batch.num_seqs:
+            self._plan = _plan_all_as_rows(batch)
+        else:
+            self._plan = _plan_step(batch)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, batch: ForwardBatch, scale: float) -> Tensor:
+        plan = self._plan_of(batch)
+        k, v = k.to(cache.k.dtype), v.to(cache.v.dtype)
+        cache.k.index_copy_(0, batch.slots, k)
+        cache.v.index_copy_(0, batch.slots, v)
+        rows, heads = plan.rows, q.shape[1]
+        decoded = None
+        if rows:
+            fixed = FIXED_SPLIT if self._gpu.batch_invariant else None
+            splits = split_plan(rows * cache.k.shape[1], plan.longest, self._gpu.processors, fixed=fixed)
+            parts = gqa_parts(self._gpu, q[:rows], cache.k, cache.v, plan.paged, scale, splits)
+            decoded = combine(self._gpu, parts, q.dtype)
+            if plan.tiles is None:
+                return decoded
+        assert plan.tiles is not None
+        out = torch.empty((q.shape[0], heads, v.shape[2]), dtype=q.dtype, device=q.device)
+        if decoded is not None:
+            out[:rows] = decoded
+        keys, values = k[rows:], v[rows:]
+        if plan.key_slots is not None:
+            keys, values = cache.k[plan.key_slots], cache.v[plan.key_slots]
+        flash_prefill(self._gpu, q[rows:], keys, None, values, out[rows:], plan.tiles, scale)
+        return out
+
+    def attend_projected(
+        self, tokens: ProjectedTokens, cache: LatentCache, batch: ForwardBatch, scale: float, ops: LayerOps
+    ) -> Tensor:
+        plan = self._plan_of(batch)
+        rows, total = plan.rows, tokens.q.shape[0]
+        if rows == total:
+            return self._decode(tokens.q, _new(tokens, batch, 0, rows), tokens, cache, plan, scale)
+        out = torch.empty(
+            (total, tokens.q.shape[1], tokens.w_uv.shape[2]), dtype=tokens.q.dtype, device=tokens.q.device
+        )
+        if rows:
+            out[:rows] = self._decode(tokens.q[:rows], _new(tokens, batch, 0, rows), tokens, cache, plan, scale)
+        new = _new(tokens, batch, rows, total)
+        self._prefill(tokens.q[rows:], new, tokens, cache, plan, scale, out[rows:])
+        return out
+
+    def _decode(
+        self, q: Tensor, new: NewTokens, tokens: ProjectedTokens, cache: LatentCache, plan: _Plan, scale: float
+    ) -> Tensor:
+        queries = decode_inputs(self._gpu, q, new, tokens.w_uk, cache.latent)
+        heads, lora = queries.shape[1], tokens.w_uv.shape[1]
+        splits, config = self._tuned.mla(plan.rows, heads, lora, plan.longest, q.element_size())
+        parts = mla_parts(self._gpu, queries, cache.latent, plan.paged, scale, splits, config, ahead=tokens.next_reads)
+        return combine_values(self._gpu, parts, tokens.w_uv)
+
+    def _prefill(
+        self,
+        q: Tensor,
+        new: NewTokens,
+        tokens: ProjectedTokens,
+        cache: LatentCache,
+        plan: _Plan,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        assert plan.tiles is not None
+        heads, nope, lora = tokens.w_uk.shape
+        rows = prompt_inputs(self._gpu, q, new, nope, cache.latent)
+        if plan.key_slots is not None:
+            rows = cache.latent[plan.key_slots]
+        rows = rows.to(q.dtype)
+        latent, k_pe = rows[:, :lora], rows[:, lora:]
+        per_head = rows.shape[0] * (nope + tokens.w_uv.shape[2]) * q.element_size()
+        at_once = max(1, min(heads, _EXPANDED_BYTES // per_head))
+        for first in range(0, heads, at_once):
+            some = slice(first, min(first + at_once, heads))
+            keys = F.linear(latent, tokens.w_uk[some].flatten(0, 1)).view(latent.shape[0], -1, nope)
+            values = torch.matmul(latent, tokens.w_uv[some]).transpose(0, 1)
+            if at_once == heads:
+                flash_prefill(self._gpu, q, keys, k_pe, values, out, plan.tiles, scale)
+                return
+            part = out.new_empty((out.shape[0], keys.shape[1], out.shape[2]))
+            flash_prefill(self._gpu, q[:, some], keys, k_pe, values, part, plan.tiles, scale)
+            out[:, some] = part
+
+    def _plan_of(self, batch: ForwardBatch) -> _Plan:
+        if self._plan is None or self._plan.batch is not batch:
+            raise RuntimeError("prepare(batch) must come before the first layer of a step")
+        return self._plan
+
+
+def _new(tokens: ProjectedTokens, batch: ForwardBatch, start: int, end: int) -> NewTokens:
+    cos, sin = tokens.angles
+    return NewTokens(
+        tokens.latent[start:end],
+        tokens.k_pe[start:end],
+        tokens.norm.weight,
+        tokens.norm.eps,
+        cos[start:end],
+        sin[start:end],
+        batch.slots[start:end],
+    )
+
+
+def _plan_step(batch: ForwardBatch) -> _Plan:
+    rows = batch.num_decodes
+    paged = Paged(batch.page_table[:rows], batch.seq_lens_device[:rows], batch.page_size)
+    longest = max(batch.seq_lens[:rows], default=0)
+    if rows == batch.num_seqs:
+        return _Plan(batch, rows, paged, longest, None, None)
+    device = batch.page_table.device
+    query_starts = [start - rows for start in batch.query_starts[rows:]]
+    counts = [end - start for start, end in pairwise(query_starts)]
+    lens = batch.seq_lens[rows:]
+    seen_by_first = [length - count + 1 for length, count in zip(lens, counts, strict=True)]
+    if lens == counts:
+        tiles = make_tiles(query_starts, query_starts[:-1], seen_by_first, device)
+        return _Plan(batch, rows, paged, longest, tiles, None)
+    key_starts = [0]
+    for length in lens:
+        key_starts.append(key_starts[-1] + length)
+    tiles = make_tiles(query_starts, key_starts[:-1], seen_by_first, device)
+    return _Plan(batch, rows, paged, longest, tiles, _key_slots(batch, rows, key_starts))
+
+
+def _key_slots(batch: ForwardBatch, first: int, key_starts: list[int]) -> Tensor:
+    """Slots of all tokens of the sequences from `first` on, one sequence after another."""
+    lens = batch.seq_lens_device[first:].long()
+    seq = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens, output_size=key_starts[-1])
+    position = torch.arange(key_starts[-1], device=lens.device) - (lens.cumsum(0) - lens)[seq]
+    return _slots(batch, seq + first, position)
+
+
+def _plan_all_as_rows(batch: ForwardBatch) -> _Plan:
+    """Every token of a chunk as a decode row: of its sequence's pages, as far as itself."""
+    counts = batch.seq_lens_device.new_tensor([end - start for start, end in pairwise(batch.query_starts)])
+    seq = torch.repeat_interleave(
+        torch.arange(batch.num_seqs, device=counts.device), counts, output_size=batch.num_tokens
+    )
+    paged = Paged(batch.page_table[seq], (batch.positions + 1).int(), batch.page_size)
+    return _Plan(batch, batch.num_tokens, paged, max(batch.seq_lens), None, None)
+
+
+def _slots(batch: ForwardBatch, seq: Tensor, position: Tensor) -> Tensor:
+    pages = batch.page_table[seq, position // batch.page_size].long()
+    return pages * batch.page_size + position % batch.page_size

@@ -1,0 +1,166 @@
+"""ParallelState: which tensor-parallel rank this is, and its collectives; it starts no process and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ziphius.errors import ConfigError, EngineFailed, RankLost
+
+_NEVER = timedelta(days=1)
+"""Ranks wait for one another as long as the slowest one loads. Who is gone or hangs is noticed from outside."""
+
+
+@dataclass(slots=True)
+class CollectiveCount:
+    """How many collectives a rank has entered: of ranks that wait for one another, the one behind is to blame."""
+
+    entered: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelState:
+    """One rank's view of its tensor-parallel group. With `size` 1 every collective returns its input.
+
+    With `size` > 1 the collectives run over `group` (None: torch.distributed's default group), which `join` has
+    made: gloo on a CPU, NCCL on CUDA. They raise RankLost when they fail.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    count: CollectiveCount = field(default_factory=CollectiveCount, compare=False)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the collectives can be part of a CUDA graph: gloo's cannot."""
+        return self.size == 1 or dist.get_backend(self.group) == "nccl"
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's `x`, same shape; `x` itself may be overwritten."""
+        if self.size > 1:
+            self.count.entered += 1
+            try:
+                dist.all_reduce(x, group=self.group)
+            except RuntimeError as error:
+                raise self._failed(error) from error
+        return x
+
+    def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
+        """Every rank's `x` joined along `dim` in rank order."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        self.count.entered += 1
+        try:
+            dist.all_gather(parts, x.contiguous(), group=self.group)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        return torch.cat(parts, dim=dim)
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """Rank `source`'s `x` on every rank; `x` is overwritten on the others."""
+        if self.size > 1:
+            self.count.entered += 1
+            try:
+                dist.broadcast(x, group_src=source, group=self.group)
+            except RuntimeError as error:
+                raise self._failed(error) from error
+        return x
+
+    def smallest(self, values: Sequence[int], device: torch.device) -> list[int]:
+        """For each of `values` the least that any rank gave. Returns once every rank is here."""
+        if self.size == 1:
+            return list(values)
+        self.count.entered += 1
+        together = torch.tensor(values, dtype=torch.int64, device=device)
+        try:
+            dist.all_reduce(together, op=dist.ReduceOp.MIN, group=self.group)
+        except RuntimeError as error:
+            raise self._failed(error) from error
+        least: list[int] = together.tolist()
+        return least
+
+    def shard(self, total: int, what: str) -> int:
+        """This rank's share of `total`. ConfigError names `what` when it does not divide."""
+        if total % self.size:
+            raise ConfigError(f"{what} {total} is not a multiple of the tensor-parallel size {self.size}", param="tp")
+        return total // self.size
+
+    def shard_kv_heads(self, kv_heads: int) -> int:
+        """KV heads this rank keeps: an equal share, or one replicated head when there are more ranks than heads."""
+        if self.size > kv_heads and self.size % kv_heads == 0:
+            return 1
+        return self.shard(kv_heads, "num_key_value_heads")
+
+    def _failed(self, error: RuntimeError) -> RuntimeError | RankLost:
+        """What to raise for an error of torch.distributed: the device's own stay what they are."""
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            return error
+        return RankLost(f"rank {self.rank} lost the others in collective {self.count.entered}: {_first_line(error)}")
+
+
+SINGLE = ParallelState()
+"""The whole model on one rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where ranks find each other: a file that all of them can open, or rank 0's store on `host`:`port`."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    listening_fd: int = -1
+    """rank 0: a socket that listens on `port` already."""
+
+
+class Store(Protocol):
+    """Strings that all ranks share (torch.distributed's stores)."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Waits until some rank has set it."""
+
+
+@contextmanager
+def join(where: Rendezvous, rank: int, size: int, device: torch.device) -> Iterator[tuple[ParallelState, Store]]:
+    """Become rank `rank` of `size` while the block runs: (its collectives, a store that all ranks share).
+
+    Waits for the others. EngineFailed when they cannot be reached. A block that raises leaves the group as it is:
+    taking leave would wait for ranks that may be gone, and the process is to end anyway.
+    """
+    try:
+        store = _store(where, rank, size)
+        # The GPU is named so that NCCL connects now: what is wrong with it shows here, not in the first step.
+        named = device if device.type == "cuda" else None
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=_NEVER, device_id=named
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise EngineFailed(f"rank {rank} could not join the other {size - 1}: {_first_line(error)}") from error
+    yield ParallelState(rank, size), store
+    dist.destroy_process_group()
+
+
+def _store(where: Rendezvous, rank: int, size: int) -> Any:
+    if where.path:
+        return dist.FileStore(where.path, size)  # type: ignore[attr-defined]
+    fd = where.listening_fd if rank == 0 and where.listening_fd >= 0 else None
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        where.host, where.port, size, rank == 0, timeout=_NEVER, master_listen_fd=fd
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.partition(" This is typically caused by")[0]  # gloo's advice is wrong where the peer was killed

@@ -1,0 +1,33 @@
+"""DeferredRunner: a step runs when its result is asked for, so that the next one's batch is on its way by then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ziphius.engine.engine import Runner
+from ziphius.messages import ScheduledBatch
+from ziphius.scheduler.scheduler import StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredStep:
+    runner: Runner
+    batch: ScheduledBatch
+
+    def result(self) -> StepResult:
+        """Run it. Results must be asked for in the order of the steps."""
+        return self.runner.run(self.batch).result()
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredRunner:
+    """For a CPU, where `runner.run` returns when the step is done.
+
+    Under an engine with overlap, step n + 1 is scheduled and sent to the other ranks before step n runs here, so none
+    of them waits for it after step n. A GPU needs no such thing: there `run` returns at once.
+    """
+
+    runner: Runner
+
+    def run(self, batch: ScheduledBatch) -> DeferredStep:
+        return DeferredStep(self.runner, batch)

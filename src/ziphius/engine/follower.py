@@ -1,0 +1,31 @@
+"""Follower: the loop of a rank > 0: it runs every batch of rank 0, in order, and decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ziphius.engine.engine import Runner, Step
+from ziphius.messages import ScheduledBatch, Shutdown
+
+
+class Follower:
+    """`receive` gives rank 0's next word and waits for it."""
+
+    def __init__(self, runner: Runner, receive: Callable[[], ScheduledBatch | Shutdown]) -> None:
+        self._runner = runner
+        self._receive = receive
+        self.busy = False
+        """Whether a batch was received whose step this rank has not launched."""
+
+    def run(self) -> None:
+        """Until Shutdown. Raises what a step raised: this rank is out of step with the others then."""
+        launched: Step | None = None
+        while isinstance(batch := self._receive(), ScheduledBatch):
+            self.busy = True
+            step = self._runner.run(batch)
+            if launched is not None:
+                launched.result()
+            launched = step
+            self.busy = False
+        if launched is not None:
+            launched.result()

@@ -1,0 +1,319 @@
+"""Brings up one rank: weights, cache, scheduler, a first token; it neither serves nor talks to a frontend itself."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from ziphius.attention.select import make_backend
+from ziphius.config import ServeConfig
+from ziphius.distributed import ParallelState
+from ziphius.engine.channel import Channel, MemoryChannel
+from ziphius.engine.deferred import DeferredRunner
+from ziphius.engine.engine import Engine, Runner
+from ziphius.engine.follower import Follower
+from ziphius.engine.model_runner import ModelRunner
+from ziphius.engine.precision import Precision, resolve_precision
+from ziphius.engine.row_table import RowTable
+from ziphius.engine.sampler import Sampler
+from ziphius.engine.team import Team
+from ziphius.errors import ConfigError, DoesNotFit, EngineFailed
+from ziphius.kv_cache.kv_pool import KVPool
+from ziphius.messages import AddRequest, LoadProgress, Ready, SamplingParams, StepOutput
+from ziphius.models.causal_lm import CausalLM
+from ziphius.models.checkpoint import Checkpoint
+from ziphius.models.config import ModelConfig
+from ziphius.models.gguf import GGUFSource
+from ziphius.models.llama import LlamaForCausalLM
+from ziphius.models.loader import WeightSource, load_model, make_dummy
+from ziphius.models.safetensors_source import SafetensorsSource
+from ziphius.planner.evaluate import SHORTEST_CONTEXT
+from ziphius.planner.memory import (
+    PoolLimits,
+    PoolSize,
+    cuda_reserve,
+    gib,
+    kv_bytes_per_token,
+    kv_pool_tokens,
+    pool_room,
+    weight_bytes,
+)
+from ziphius.planner.probe import available_memory
+from ziphius.planner.validity import require_tp
+from ziphius.scheduler.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
+
+Report = Callable[[LoadProgress], None]
+
+_WARM_UP_PROMPT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRank:
+    """A rank that has generated its first token; ranks > 0: one that is ready to."""
+
+    config: ServeConfig
+    checkpoint: Checkpoint
+    ready: Ready
+    runner: ModelRunner
+    num_pages: int
+    device: torch.device
+    team: Team
+    own_threads: bool = False
+    """The model computes on threads of its own, not on torch's."""
+
+    def make_engine(self, channel: Channel) -> Engine:
+        """rank 0: an engine with an empty queue and prefix cache. One at a time: they would share the pool."""
+        runner: Runner = self.runner
+        on_cuda, alone = self.device.type == "cuda", self.team.alone
+        if not on_cuda and not alone:
+            runner = DeferredRunner(runner)
+        return Engine(
+            self.make_scheduler(),
+            runner,
+            channel,
+            overlap=on_cuda or not alone,
+            broadcast=self.team.broadcast,
+            alone=alone,
+        )
+
+    def make_follower(self) -> Follower:
+        """Ranks > 0: the loop that rank 0 drives."""
+        return Follower(self.runner, self.team.receive)
+
+    def make_scheduler(self) -> Scheduler:
+        return Scheduler(
+            num_pages=self.num_pages,
+            page_size=self.config.page_size,
+            max_running_requests=self.config.max_running_requests,
+            chunked_prefill_size=self.config.chunked_prefill_size,
+            context_length=self.ready.context_length,
+            eos_token_ids=self.checkpoint.config.eos_token_ids,
+            prefix_cache=self.config.prefix_cache,
+        )
+
+
+def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team: Team | None = None) -> LoadedRank:
+    """Load this rank's part of `checkpoint`, size the pool with the other ranks, generate a token (rank 0).
+
+    Ranks > 0 must go on with `make_follower().run()` at once: rank 0's first token waits for them.
+
+    ModelError for a checkpoint that cannot be used, DoesNotFit for weights or one context that memory cannot
+    hold, ConfigError for options the model contradicts, EngineFailed when the first token does not come.
+    """
+    team = team or Team()
+    started = time.monotonic()
+    precision = resolve_precision(config)
+    _check_ranks(config, checkpoint, precision, team)
+    free_before = free_memory(precision.device)
+    team.meet()  # before anyone takes of the memory that all of them have just looked at
+    predicted = _check_weights(checkpoint, precision, free_before, team)
+    taken = predicted * _sharing(precision, team)
+    _, predicted_size = plan_pool(config, checkpoint.config, precision, free_before - taken, free_before)
+    model = _load_weights(config, checkpoint, precision, report, team.parallel)
+    if not team.alone:
+        report(LoadProgress(phase="waiting", detail="for the other ranks"))
+    team.meet()
+    report(LoadProgress(phase="cache"))
+    free_bytes = free_memory(precision.device)
+    context_length, size = _agreed(team, *plan_pool(config, checkpoint.config, precision, free_bytes, free_before))
+    if team.parallel.rank == 0:  # the others' numbers are the same
+        _log.info("weights: %s predicted, %s measured", gib(predicted), gib(model.nbytes))
+        _log.info("KV cache: %d tokens predicted, %d measured", predicted_size.tokens, size.tokens)
+    ready = Ready(
+        context_length=context_length,
+        kv_tokens=size.tokens,
+        kv_bytes_per_token=size.bytes_per_token,
+        weight_bytes=model.nbytes,
+        load_seconds=0.0,
+        device=_device_name(precision.device) + ("" if team.alone else f" x {config.tp}"),
+        vocab_size=checkpoint.config.vocab_size,
+        predicted_weight_bytes=predicted,
+        predicted_kv_tokens=predicted_size.tokens,
+    )
+    num_pages = size.pages(config.page_size)
+    runner = _make_runner(config, model, num_pages, context_length, precision, team.parallel)
+    on_cpu = model.on_cpu if isinstance(model, LlamaForCausalLM) else None
+    if on_cpu is not None:
+        report(LoadProgress(phase="kernels", detail="compiled at the first start, then kept"))
+        on_cpu.compile()
+    loaded = LoadedRank(config, checkpoint, ready, runner, num_pages, precision.device, team, on_cpu is not None)
+    report(LoadProgress(phase="warm-up"))
+    if team.parallel.rank == 0:
+        warm_up(loaded)
+    return replace(loaded, ready=_with_seconds(ready, time.monotonic() - started))
+
+
+def plan_pool(
+    config: ServeConfig, model: ModelConfig, precision: Precision, free_bytes: int, free_before_bytes: int
+) -> tuple[int, PoolSize]:
+    """(context length, pool): as asked, else the model's, else the longest that memory or max_total_tokens leaves.
+
+    DoesNotFit when what was asked for, or a context of any use, has no room.
+    """
+    longest = model.max_position_embeddings
+    asked = config.context_length
+    if asked is not None and asked > longest:
+        raise ConfigError(f"context_length {asked} is beyond the {longest} of this model", param="context_length")
+
+    limits = PoolLimits(
+        device="cuda" if precision.device.type == "cuda" else "cpu",
+        dtype=precision.dtype_name,
+        context_length=asked or longest,
+        max_running_requests=config.max_running_requests,
+        page_size=config.page_size,
+        free_bytes=free_bytes,
+        free_before_bytes=free_before_bytes,
+        reserve_bytes=_reserve(config, model, precision),
+        mem_fraction=config.mem_fraction,
+        max_total_tokens=config.max_total_tokens,
+        ranks_on_host=config.tp // config.nnodes,
+    )
+    try:
+        size = kv_pool_tokens(model, config.tp, limits)
+    except DoesNotFit:
+        room = pool_room(limits) // kv_bytes_per_token(model, config.tp, precision.dtype_name)
+        fits = room // config.page_size * config.page_size
+        if asked is not None or config.max_total_tokens is not None or fits < min(SHORTEST_CONTEXT, longest):
+            raise
+        return fits, kv_pool_tokens(model, config.tp, replace(limits, context_length=fits))
+    if asked is not None and size.tokens < asked:
+        raise DoesNotFit(
+            f"a context of {asked} tokens does not fit a KV cache of {size.tokens} tokens: "
+            f"use --context-length {size.tokens} or less, or --max-total-tokens {asked} or more"
+        )
+    return min(asked or longest, size.tokens), size
+
+
+def _reserve(config: ServeConfig, model: ModelConfig, precision: Precision) -> int:
+    rows = config.max_running_requests
+    tokens = config.chunked_prefill_size + rows
+    return cuda_reserve(model, config.tp, tokens=tokens, rows=rows, dtype=precision.dtype_name)
+
+
+def _check_ranks(config: ServeConfig, checkpoint: Checkpoint, precision: Precision, team: Team) -> None:
+    """ConfigError unless `team` is what `config` asks for, and divides the model."""
+    if config.tp != team.parallel.size:
+        raise ConfigError(
+            f"tp is {config.tp}, but this is rank {team.parallel.rank} of {team.parallel.size}: "
+            "only `ziphius serve` and `start` start several",
+            param="tp",
+        )
+    require_tp(checkpoint.config, config.tp, precision.weights_format)
+
+
+def _sharing(precision: Precision, team: Team) -> int:
+    """Ranks that take of one memory: those of a machine its main memory; a GPU is each rank's own."""
+    return 1 if precision.device.type == "cuda" else team.ranks_here
+
+
+def _agreed(team: Team, context_length: int, size: PoolSize) -> tuple[int, PoolSize]:
+    """The least of what each rank has room for: page numbers are the same on all."""
+    context_length, tokens = team.smallest(context_length, size.tokens)
+    return context_length, replace(size, tokens=tokens)
+
+
+def warm_up(loaded: LoadedRank) -> None:
+    """Generate tokens for two requests, long and short, so that each kind of step has run. EngineFailed if not."""
+    channel = MemoryChannel()
+    engine = loaded.make_engine(channel)
+    context, vocab = loaded.ready.context_length, loaded.ready.vocab_size
+    sampling = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True, seed=0)
+    for name, length in (("long", _WARM_UP_PROMPT), ("short", 1)):
+        ids = [i % vocab for i in range(max(1, min(length, context - sampling.max_new_tokens)))]
+        channel.to_engine.append(AddRequest(rid=f"warm-up {name}", prompt_ids=ids, sampling=sampling))
+    engine.turn()
+    while not engine.idle:
+        engine.turn()
+    for message in channel.from_engine:
+        for output in message.outputs if isinstance(message, StepOutput) else ():
+            if output.finish is not None and output.finish.kind == "error":
+                raise EngineFailed(f"the first token did not come: {output.finish.message}")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on `device` now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return available_memory()
+
+
+def _check_weights(checkpoint: Checkpoint, precision: Precision, free_bytes: int, team: Team) -> int:
+    """Predicted bytes of this rank's weights. DoesNotFit before minutes of loading, not after."""
+    float_bytes = torch.empty((), dtype=precision.dtype).element_size()
+    tp, sharing = team.parallel.size, _sharing(precision, team)
+    predicted = weight_bytes(checkpoint.config, tp, precision.weights_format, float_bytes=float_bytes).total
+    if predicted * sharing > free_bytes:
+        ranks = "" if team.alone else f" for {sharing} of {tp} ranks"
+        raise DoesNotFit(
+            f"the weights of {checkpoint.name} need {gib(predicted * sharing)} as {precision.weights_format}{ranks}, "
+            f"but {gib(free_bytes)} are free on the {precision.device.type}: take a smaller --weights-format or model, "
+            "or free memory"
+        )
+    return predicted
+
+
+def _load_weights(
+    config: ServeConfig, checkpoint: Checkpoint, precision: Precision, report: Report, parallel: ParallelState
+) -> CausalLM:
+    how = (parallel, precision.weights_format, precision.dtype, precision.device)
+    with _running_out_is_told(f"the weights of {checkpoint.name} were loaded"):
+        if config.load_format == "dummy":
+            return make_dummy(checkpoint.config, *how)
+        source: WeightSource
+        if checkpoint.format == "gguf":
+            source = GGUFSource.open(checkpoint.path)
+        else:
+            source = SafetensorsSource(checkpoint.path, config.load_threads)
+        return load_model(checkpoint.config, source, *how, report=report)
+
+
+@contextmanager
+def _running_out_is_told(when: str) -> Iterator[None]:
+    """DoesNotFit for the ways in which an allocation can fail."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if not (cpu or system or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+            raise
+        raise DoesNotFit(
+            f"memory ran out while {when}: free memory, or lower --max-total-tokens, --context-length or "
+            f"--max-running-requests ({error})"
+        ) from error
+
+
+def _make_runner(
+    config: ServeConfig,
+    model: CausalLM,
+    num_pages: int,
+    context_length: int,
+    precision: Precision,
+    parallel: ParallelState,
+) -> ModelRunner:
+    device, page_size = precision.device, config.page_size
+    rows = config.max_running_requests + 1  # One more, for padding.
+    with _running_out_is_told("the KV cache was made"):
+        pool = KVPool(model.config, num_pages, page_size, precision.dtype, device, parallel)
+    max_pages = -(-context_length // page_size) + 1
+    table = RowTable(rows, max_pages, page_size, device)
+    sampler = Sampler(rows, model.config.vocab_size, model.config.eos_token_ids, device)
+    return ModelRunner(model, pool, make_backend(device), table, sampler, parallel)
+
+
+def _with_seconds(ready: Ready, seconds: float) -> Ready:
+    ready.load_seconds = round(seconds, 3)
+    return ready
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

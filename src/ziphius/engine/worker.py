@@ -1,0 +1,196 @@
+"""The entry of a rank's process: read its WorkerSpec, load, serve until told to stop; all decisions are elsewhere.
+
+It never outlives its parent: the end of stdin, or the kernel's parent-death signal, ends it at once. rank 0 talks to
+the frontend and runs the engine; the others follow it. All of them tell the frontend that they live.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ziphius import log
+from ziphius.engine.heartbeat import SERVING, STARTING, Heartbeat, beat_interval
+from ziphius.engine.spec import WorkerSpec, cpu_threads, decode_spec
+from ziphius.errors import EngineFailed, RankLost, ZiphiusError
+from ziphius.ipc import EngineChannel
+from ziphius.messages import Fatal, LoadProgress
+
+if TYPE_CHECKING:
+    from ziphius.engine.loading import LoadedRank
+    from ziphius.engine.team import Team
+
+_log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_PROGRESS_INTERVAL_S = 0.1
+
+
+def main() -> int:
+    """Exit codes: 0 after Shutdown, 1 after a Fatal, 2 when stdin held no WorkerSpec."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the frontend decides.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent()
+    line, rest = _read_line(sys.stdin.fileno())
+    try:
+        spec = decode_spec(line)
+    except msgspec.MsgspecError as error:
+        print(f"ziphius.engine.worker: no WorkerSpec on stdin: {error}", file=sys.stderr)
+        return 2
+    if not rest:
+        threading.Thread(target=_watch_parent, args=(sys.stdin.fileno(),), name="parent-watch", daemon=True).start()
+    log.configure(spec.config.log_level)
+    code = _run(spec)
+    if spec.config.tp > 1:
+        # Without the interpreter's own end: threads of torch.distributed that wait for a lost rank would hold it up.
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+def _run(spec: WorkerSpec) -> int:
+    heart = Heartbeat(spec.beats, spec.rank, beat_interval(spec.config.rank_timeout)) if spec.beats else None
+    channel = EngineChannel(spec.address) if spec.rank == 0 else None
+    if heart is not None:
+        heart.start()
+    try:
+        _serve(spec, channel, heart)
+        return 0
+    except RankLost as error:
+        _log.warning("%s", error.message)  # a consequence; the cause is the frontend's to tell
+        _tell(error, channel, heart)
+    except ZiphiusError as error:
+        _log.error("%s: %s", type(error).__name__, error.message)
+        _tell(error, channel, heart)
+    except Exception as error:  # noqa: BLE001 - told to the frontend
+        _log.exception("rank %d failed", spec.rank)
+        _tell(EngineFailed(f"{type(error).__name__}: {error}"), channel, heart)
+    finally:
+        if channel is not None:
+            channel.close()
+        if heart is not None:
+            heart.stop()
+    return 1
+
+
+def _tell(error: ZiphiusError, channel: EngineChannel | None, heart: Heartbeat | None) -> None:
+    """This rank's last words to the frontend."""
+    if channel is not None:
+        channel.send(Fatal(error=type(error).__name__, message=error.message))
+    if heart is not None:
+        heart.fail(error)
+
+
+def _serve(spec: WorkerSpec, channel: EngineChannel | None, heart: Heartbeat | None) -> None:
+    report = _Reporter(channel, heart)
+    report(LoadProgress(phase=STARTING, detail="importing torch"))
+    # Imported late: the parent hears from us, and its death is noticed, before the seconds that torch takes.
+    import torch
+
+    from ziphius.engine.precision import resolve_precision
+    from ziphius.engine.team import join_team, select_device
+
+    torch.set_num_threads(cpu_threads(spec.config))
+    select_device(spec)
+    if spec.config.tp > 1:
+        report(LoadProgress(phase="joining", detail="the other ranks"))
+    with join_team(spec, resolve_precision(spec.config).device) as team:
+        if heart is not None:
+            heart.collectives = lambda: team.parallel.count.entered
+        loaded = _load(spec, report, team)
+        if channel is None:
+            follower = loaded.make_follower()
+            _serving(heart, lambda: follower.busy)
+            follower.run()
+        else:
+            engine = loaded.make_engine(channel)
+            _serving(heart, lambda: not engine.idle)
+            channel.send(loaded.ready)
+            engine.run()
+
+
+def _load(spec: WorkerSpec, report: _Reporter, team: Team) -> LoadedRank:
+    import torch
+
+    from ziphius.engine.loading import load_rank
+    from ziphius.kernels.cpu.cache import kernel_cache_folder
+    from ziphius.models.checkpoint import open_checkpoint
+    from ziphius.paths import ziphius_home
+
+    home = ziphius_home(os.environ)
+    kernels = kernel_cache_folder(home)
+    if kernels is not None:
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(kernels))  # numba reads it when it is imported
+    checkpoint = open_checkpoint(spec.model_path, home, load_format=spec.config.load_format)
+    loaded = load_rank(spec.config, checkpoint, report, team)
+    if loaded.own_threads:
+        # After each parallel operation of torch its threads spin a while, on the cores that the model's need.
+        torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # What is here now stays: collecting garbage need not look through it in the middle of a step.
+    return loaded
+
+
+def _serving(heart: Heartbeat | None, busy: Callable[[], bool]) -> None:
+    if heart is not None:
+        heart.phase, heart.busy = SERVING, busy
+
+
+class _Reporter:
+    """Sends progress, but no more than a person can read: the last of a phase always gets through.
+
+    rank 0's is shown; of the others, the phase travels with their beats.
+    """
+
+    def __init__(self, channel: EngineChannel | None, heart: Heartbeat | None) -> None:
+        self._channel = channel
+        self._heart = heart
+        self._phase = ""
+        self._due = 0.0
+
+    def __call__(self, progress: LoadProgress) -> None:
+        if self._heart is not None:
+            self._heart.phase = progress.phase
+        if self._channel is None:
+            return
+        now = time.monotonic()
+        if progress.phase != self._phase or now >= self._due or progress.done == progress.total:
+            self._channel.send(progress)
+            self._phase, self._due = progress.phase, now + _PROGRESS_INTERVAL_S
+
+
+def _die_with_parent() -> None:
+    """On Linux, be killed when the thread that started us ends; elsewhere the end of stdin must do."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _read_line(fd: int) -> tuple[bytes, bool]:
+    """(the first line, whether stdin has ended). Unbuffered, so that the watcher sees all that follows."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        chunk = os.read(fd, 1)
+        if not chunk:
+            return bytes(line), True
+        line += chunk
+    return bytes(line), False
+
+
+def _watch_parent(fd: int) -> None:
+    while os.read(fd, 4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

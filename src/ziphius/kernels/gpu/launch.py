@@ -1,0 +1,129 @@
+"""What a GPU can do, and how kernels of one stream overlap; it knows no mathematics.
+
+Programmatic dependent launch (sm_90 and later): a kernel lets the next one start before it has ended
+(`allow_next`), and the next waits where it first needs what this one computes (`wait_for_previous`). What stands
+before that wait (weights on their way into registers or into L2) runs while the kernel before it ends, which
+hides most of the start of a small kernel. Every kernel waits exactly once, on every path, before it reads or writes
+anything that another kernel writes or reads. Without PDL all three helpers are nothing, and the order is the stream's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+AHEAD_BYTES = 45 << 20
+"""Most that is brought into L2 ahead of its use."""
+
+Ahead = tuple[Tensor, ...]
+"""Up to two tensors that later kernels will read in any case: a kernel that waits for latencies brings them into L2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """The device that kernels are launched on."""
+
+    name: str
+    """As tuned data is filed, or `interpreter`."""
+    processors: int
+    pdl: bool
+    """Whether kernels may overlap by programmatic dependent launch."""
+    batch_invariant: bool = False
+    """Whether no program's shape, and so no order of additions, may depend on the batch (--deterministic)."""
+
+    @classmethod
+    def of(cls, device: torch.device, batch_invariant: bool = False) -> Gpu:
+        """CUDA's `device`; on a CPU, Triton's interpreter as a device of few processors."""
+        if device.type != "cuda":
+            return cls("interpreter", 4, False, batch_invariant)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.name, properties.multi_processor_count, properties.major >= 9, batch_invariant)
+
+    @property
+    def overlap(self) -> dict[str, Any]:
+        """Launch options of a kernel that uses the helpers below."""
+        return {"PDL": True, "launch_pdl": True} if self.pdl else {"PDL": False}
+
+
+@triton.jit
+def allow_next(PDL: tl.constexpr):
+    """Once all programs are here, the next kernel may start."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Until everything before this kernel has ended and its writes are visible."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch_rows_l2(rows, index, nbytes, PDL: tl.constexpr):
+    """Bring `nbytes` (a multiple of 16) from each of `rows` [N] (16-byte aligned) into L2; nobody waits.
+
+    `index` is arange(N), N no more than the program's threads: thread i asks for row i.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            mov.u32 $0, %tid.x;
+            setp.eq.u32 p, $0, $2;
+            @p cp.async.bulk.prefetch.L2.global [$1], $3;
+            }""",
+            "=r,l,r,r",
+            [rows.to(tl.int64), index, nbytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def prefetch_share_l2(start, nbytes, PDL: tl.constexpr):
+    """This program's share of `nbytes` (a multiple of 16, or 0) from `start` (16-byte aligned) into L2.
+
+    For a kernel that leaves memory idle while it waits for latencies: what comes next is there when it begins.
+    """
+    if PDL:
+        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+        share = tl.cdiv(nbytes, programs * 128) * 128
+        first = program * share
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p, q;
+            mov.u32 $0, %tid.x;
+            setp.eq.u32 p, $0, 0;
+            setp.gt.s32 q, $2, 0;
+            and.pred p, p, q;
+            @p cp.async.bulk.prefetch.L2.global [$1], $2;
+            }""",
+            "=r,l,r",
+            [start.to(tl.int64) + first, tl.minimum(share, nbytes - first)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+def bytes_ahead(ahead: Ahead, otherwise: Tensor) -> tuple[Tensor, int, Tensor, int]:
+    """(tensor, bytes) twice, as `prefetch_share_l2` takes them: 0 bytes of `otherwise` where nothing is to come.
+
+    What exceeds AHEAD_BYTES stays where it is: it would drive out what was brought before.
+    """
+    left = AHEAD_BYTES
+    told: list[tuple[Tensor, int]] = []
+    for tensor in ahead[:2]:
+        if tensor.nbytes <= left:
+            left -= tensor.nbytes
+            told.append((tensor, tensor.nbytes // 16 * 16))
+    (first, first_bytes), (second, second_bytes), *_ = [*told, (otherwise, 0), (otherwise, 0)]
+    return first, first_bytes, second, second_bytes

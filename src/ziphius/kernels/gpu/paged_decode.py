@@ -1,0 +1,294 @@
+"""Decode attention over a paged cache, split over the sequence: latent attention (MLA) and grouped queries (GQA).
+
+Each (token, group of heads, split) is one program; every split leaves its own normalised sum and the log of its
+weight (base 2), and whoever reads them next combines them. How many splits there are depends on the batch unless a
+fixed length is given: then a token's sums are cut in the same places whatever else runs beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ziphius.kernels.gpu.launch import Ahead, Gpu, allow_next, bytes_ahead, prefetch_share_l2, wait_for_previous
+
+_LOG2E = 1.4426950408889634
+FIXED_SPLIT = 1024
+"""Tokens a split has when cuts may not depend on the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPlan:
+    """How sequences are cut."""
+
+    splits: int
+    chunk: int
+    """Tokens of a split; 0: each sequence is cut evenly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """Where the sequences of a decode batch lie."""
+
+    page_table: Tensor
+    """[T, pages] int32."""
+    seq_lens: Tensor
+    """[T] int32, at least 1 each."""
+    page_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the splits left."""
+
+    sums: Tensor
+    """[T, H, splits, D], each normalised; with one split in the queries' type, else float32."""
+    logs: Tensor
+    """[T, H, splits] float32: log2 of each split's weight, -inf for an empty one."""
+
+
+def split_plan(programs: int, longest: int, processors: int, *, fixed: int | None = None) -> SplitPlan:
+    """`programs` without splitting; `longest`: tokens of the longest sequence there may be; `fixed`: see SplitPlan."""
+    if fixed is not None:
+        return SplitPlan(triton.next_power_of_2(triton.cdiv(longest, fixed)), fixed)
+    wanted = max(1, min(64, processors // max(1, programs)))
+    return SplitPlan(fewer_splits(1 << (wanted.bit_length() - 1), longest), 0)
+
+
+def fewer_splits(splits: int, longest: int) -> int:
+    """`splits`, or as many as leave 32 tokens for each."""
+    while splits > 1 and splits * 32 > longest:
+        splits //= 2
+    return splits
+
+
+@triton.jit
+def _bounds(length, split, splits, chunk, BLOCK: tl.constexpr):
+    """(first, end) of this split's tokens."""
+    even = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+    first = split * tl.where(chunk == 0, even, chunk)
+    return first, tl.minimum(first + tl.where(chunk == 0, even, chunk), length)
+
+
+@triton.jit(do_not_specialize=["splits", "chunk"])
+def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, ahead, ahead_bytes, scale, stride_table, splits, chunk,
+                HEADS: tl.constexpr, LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr,
+                PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, KEYS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Grid: tokens, head blocks, splits. A cache row is key and, but for its rotary part, value of every head.
+
+    KEYS_FIRST: cache rows are the tensor cores' first operand, so that few heads do not leave most of a tile empty;
+    scores are [BLOCK_KV, BLOCK_H] then, and the sums [LORA, BLOCK_H].
+    """
+    allow_next(PDL)
+    prefetch_share_l2(ahead, ahead_bytes, PDL)
+    t = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c, r, j = tl.arange(0, LORA), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_KV)
+    KEYS: tl.constexpr = 0 if KEYS_FIRST else 1
+    wait_for_previous(PDL)
+    first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
+    part = (t * HEADS + h) * splits + split
+    if first >= end:
+        tl.store(logs + part, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=h < HEADS)
+    else:
+        q_at = q + (t * HEADS + tl.minimum(h, HEADS - 1))[:, None] * (LORA + ROPE)
+        q_latent = tl.load(q_at + c[None, :])
+        q_pe = tl.load(q_at + LORA + r[None, :], mask=(r < ROPE)[None, :], other=0.0)
+        highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        weight = tl.zeros((BLOCK_H,), tl.float32)
+        if KEYS_FIRST:
+            acc = tl.zeros((LORA, BLOCK_H), tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_H, LORA), tl.float32)
+        # Pages are looked up one round ahead: so the rows' addresses are there when their loads can be issued.
+        page_at = page_table + t * stride_table
+        page = tl.load(page_at + (first + j) // PAGE, mask=first + j < end, other=0)
+        for start in tl.range(first, end, BLOCK_KV, num_stages=STAGES):
+            position = start + j
+            seen = position < end
+            row = cache + (page.to(tl.int64) * PAGE + position % PAGE)[:, None] * (LORA + ROPE)
+            page = tl.load(page_at + (position + BLOCK_KV) // PAGE, mask=position + BLOCK_KV < end, other=0)
+            latent = tl.load(row + c[None, :], mask=seen[:, None], other=0.0)
+            k_pe = tl.load(row + LORA + r[None, :], mask=seen[:, None] & (r < ROPE)[None, :], other=0.0)
+            if KEYS_FIRST:
+                scores = tl.dot(latent, tl.trans(q_latent), input_precision="ieee")
+                scores = tl.dot(k_pe, tl.trans(q_pe), scores, input_precision="ieee")
+            else:
+                scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+                scores = tl.dot(q_pe, tl.trans(k_pe), scores, input_precision="ieee")
+            scores = tl.where(tl.expand_dims(seen, 1 - KEYS), scores, float("-inf"))
+            higher = tl.maximum(highest, tl.max(scores, axis=KEYS) * scale)
+            faded = tl.exp2(highest - higher)
+            scores = tl.exp2(scores * scale - tl.expand_dims(higher, KEYS))
+            weight = weight * faded + tl.sum(scores, axis=KEYS)
+            acc = acc * tl.expand_dims(faded, KEYS)
+            if KEYS_FIRST:
+                acc = tl.dot(tl.trans(latent), scores.to(latent.dtype), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(scores.to(latent.dtype), latent, acc, input_precision="ieee")
+            highest = higher
+        acc = acc / tl.expand_dims(weight, KEYS)
+        if KEYS_FIRST:
+            acc = tl.trans(acc)
+        tl.store(sums + part[:, None] * LORA + c[None, :], acc.to(sums.dtype.element_ty), mask=(h < HEADS)[:, None])
+        tl.store(logs + part, highest + tl.log2(weight), mask=h < HEADS)
+
+
+@triton.jit(do_not_specialize=["splits", "chunk"])
+def _gqa_kernel(q, k_cache, v_cache, page_table, seq_lens, sums, logs, scale, stride_q, stride_table, splits, chunk,
+                HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+                BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Grid: tokens, key heads, splits. GROUP query heads share a key head."""
+    allow_next(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    key_head, split = tl.program_id(1), tl.program_id(2)
+    g, d, j = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_KV)
+    h = key_head * GROUP + g
+    wait_for_previous(PDL)
+    first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
+    part = (t * HEADS + h) * splits + split
+    if first >= end:
+        tl.store(logs + part, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=g < GROUP)
+    else:
+        queries = tl.load(q + t * stride_q + tl.minimum(h, HEADS - 1)[:, None] * DIM + d[None, :],
+                          mask=(d < DIM)[None, :], other=0.0)  # fmt: skip
+        highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        weight = tl.zeros((BLOCK_H,), tl.float32)
+        acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+        for start in tl.range(first, end, BLOCK_KV, num_stages=STAGES):
+            position = start + j
+            seen = position < end
+            page = tl.load(page_table + t * stride_table + position // PAGE, mask=seen, other=0)
+            slot = page.to(tl.int64) * PAGE + position % PAGE
+            at = (slot * (HEADS // GROUP) + key_head)[:, None] * DIM + d[None, :]
+            inside = seen[:, None] & (d < DIM)[None, :]
+            keys = tl.load(k_cache + at, mask=inside, other=0.0)
+            values = tl.load(v_cache + at, mask=inside, other=0.0)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            higher = tl.maximum(highest, tl.max(scores, axis=1))
+            faded = tl.exp2(highest - higher)
+            scores = tl.exp2(scores - higher[:, None])
+            weight = weight * faded + tl.sum(scores, axis=1)
+            acc = tl.dot(scores.to(values.dtype), values, acc * faded[:, None], input_precision="ieee")
+            highest = higher
+        at = sums + part[:, None] * DIM + d[None, :]
+        inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
+        tl.store(at, (acc / weight[:, None]).to(sums.dtype.element_ty), mask=inside)
+        tl.store(logs + part, highest + tl.log2(weight), mask=g < GROUP)
+
+
+@dataclass(frozen=True, slots=True)
+class MLAConfig:
+    """How latent attention is cut."""
+
+    block_h: int
+    """Query heads a program takes: more heads read the cache less often, and need more registers."""
+    block_kv: int = 32
+    stages: int = 3
+    warps: int = 4
+    keys_first: bool = False
+    """Which operand comes first: cache rows, for few heads, or queries."""
+
+
+def mla_config(heads: int, element_size: int) -> MLAConfig:
+    """Where nothing was measured."""
+    return MLAConfig(16 if heads <= 16 else 32, 16 if element_size == 4 else 32, 3, 4 if heads <= 16 else 8)
+
+
+def mla_parts(
+    gpu: Gpu,
+    q: Tensor,
+    cache: Tensor,
+    paged: Paged,
+    scale: float,
+    plan: SplitPlan,
+    config: MLAConfig | None = None,
+    ahead: Ahead = (),
+) -> Parts:
+    """q [T, H, lora + rope] (decode_inputs), cache [slots, lora + rope].
+
+    `ahead`: what the next kernels will read; it is brought into L2 meanwhile.
+    """
+    tokens, heads, width = q.shape
+    lora = 1 << (width.bit_length() - 1)
+    rope = width - lora
+    parts = _empty_parts(tokens, heads, plan, lora, q)
+    config = config or mla_config(heads, q.element_size())
+    _mla_kernel[(tokens, triton.cdiv(heads, config.block_h), plan.splits)](
+        q, cache, paged.page_table, paged.seq_lens, parts.sums, parts.logs, *bytes_ahead(ahead, q)[:2], scale * _LOG2E,
+        paged.page_table.stride(0), plan.splits, plan.chunk, HEADS=heads, LORA=lora, ROPE=rope,
+        BLOCK_R=max(16, triton.next_power_of_2(rope)), PAGE=paged.page_size, BLOCK_H=config.block_h,
+        BLOCK_KV=config.block_kv, STAGES=config.stages,
+        KEYS_FIRST=config.keys_first, num_warps=config.warps, **gpu.overlap,
+    )  # fmt: skip
+    return parts
+
+
+def gqa_parts(
+    gpu: Gpu, q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: Paged, scale: float, plan: SplitPlan
+) -> Parts:
+    """q [T, H, D], rows may be strided; caches [slots, KH, D]."""
+    tokens, heads, dim = q.shape
+    group = heads // k_cache.shape[1]
+    parts = _empty_parts(tokens, heads, plan, dim, q)
+    _gqa_kernel[(tokens, k_cache.shape[1], plan.splits)](
+        q, k_cache, v_cache, paged.page_table, paged.seq_lens, parts.sums, parts.logs, scale * _LOG2E, q.stride(0),
+        paged.page_table.stride(0), plan.splits, plan.chunk, HEADS=heads, GROUP=group, DIM=dim, PAGE=paged.page_size,
+        BLOCK_H=max(16, triton.next_power_of_2(group)), BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_KV=64,
+        STAGES=2, num_warps=4, **gpu.overlap,
+    )  # fmt: skip
+    return parts
+
+
+def mla_parts_torch(q: Tensor, cache: Tensor, paged: Paged, scale: float, plan: SplitPlan) -> Parts:
+    """The plain body, token by token."""
+    lora = 1 << (q.shape[2].bit_length() - 1)
+    return _parts_torch(
+        q, lambda slots: (cache[slots].unsqueeze(1), cache[slots, :lora].unsqueeze(1)), paged, scale, plan
+    )
+
+
+def gqa_parts_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: Paged, scale: float, plan: SplitPlan) -> Parts:
+    """The plain body, token by token."""
+    return _parts_torch(q, lambda slots: (k_cache[slots], v_cache[slots]), paged, scale, plan)
+
+
+def _parts_torch(
+    q: Tensor, read: Callable[[Tensor], tuple[Tensor, Tensor]], paged: Paged, scale: float, plan: SplitPlan
+) -> Parts:
+    parts: Parts | None = None
+    for t, length in enumerate(paged.seq_lens.tolist()):
+        position = torch.arange(length, device=q.device)
+        slots = paged.page_table[t, position // paged.page_size].long() * paged.page_size + position % paged.page_size
+        keys, values = read(slots)  # [length, KH, D], [length, KH, V]
+        group = q.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1).float() for x in (keys, values))
+        scores = torch.einsum("hd,lhd->hl", q[t].float(), keys) * (scale * _LOG2E)
+        if parts is None:
+            parts = _empty_parts(q.shape[0], q.shape[1], plan, values.shape[2], q)
+        chunk = plan.chunk or -(-(-(-length // plan.splits)) // 16) * 16
+        for split in range(plan.splits):
+            mine = scores[:, split * chunk : (split + 1) * chunk]
+            if mine.shape[1] == 0:
+                parts.logs[t, :, split] = float("-inf")
+                continue
+            parts.logs[t, :, split] = torch.logsumexp(mine * 0.6931471805599453, dim=1) * _LOG2E
+            weights = (mine * 0.6931471805599453).softmax(dim=1)
+            parts.sums[t, :, split] = torch.einsum("hl,lhd->hd", weights, values[split * chunk : (split + 1) * chunk])
+    assert parts is not None
+    return parts
+
+
+def _empty_parts(tokens: int, heads: int, plan: SplitPlan, dim: int, q: Tensor) -> Parts:
+    dtype = q.dtype if plan.splits == 1 else torch.float32
+    return Parts(
+        torch.empty((tokens, heads, plan.splits, dim), dtype=dtype, device=q.device),
+        torch.empty((tokens, heads, plan.splits), dtype=torch.float32, device=q.device),
+    )

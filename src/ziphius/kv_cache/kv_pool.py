@@ -1,0 +1,87 @@
+"""KVPool: the tensors that keep every request's keys and values, by page; who owns which page is page_pool's."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ziphius.distributed import ParallelState
+from ziphius.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """One layer's keys and values on this rank."""
+
+    k: Tensor
+    """[slots, kv_heads_of_rank, head_dim]; how a page's keys lie within the page is the attention backend's affair."""
+    v: Tensor
+    """[slots, kv_heads_of_rank, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentCache:
+    """One layer's latents (MLA); the same on every rank."""
+
+    latent: Tensor
+    """[slots, kv_lora_rank + qk_rope_head_dim]: the normed latent, then the rotated shared key."""
+
+
+class KVPool:
+    """`num_pages` pages of `page_size` slots in each layer, and one scratch page after them.
+
+    Page `scratch_page` (index num_pages) belongs to nobody: padded rows write there.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        parallel: ParallelState,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.scratch_page = num_pages
+        slots = (num_pages + 1) * page_size
+        self.kv: list[KVCache] = []
+        """The layers of a Llama; empty for MLA."""
+        self.latent: list[LatentCache] = []
+        """The layers of MLA; empty for a Llama."""
+        for _ in range(config.num_hidden_layers):
+            # Zeros, because a masked score times uninitialised NaN would still be NaN.
+            if config.mla is not None:
+                shape: tuple[int, ...] = (slots, config.mla.latent_dim)
+                self.latent.append(LatentCache(_zeros(shape, dtype, device)))
+            else:
+                shape = (slots, parallel.shard_kv_heads(config.num_key_value_heads), config.head_dim)
+                k, v = (_zeros(shape, dtype, device) for _ in range(2))
+                self.kv.append(KVCache(k, v))
+
+    @property
+    def layers(self) -> Sequence[KVCache | LatentCache]:
+        """Whichever there are, in the model's order."""
+        return self.latent or self.kv
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, the scratch page included."""
+        tensors = [t for c in self.kv for t in (c.k, c.v)] + [c.latent for c in self.latent]
+        return sum(t.nbytes for t in tensors)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU the kernel gives the memory page by page as it is used: torch.zeros would write all of it now."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,0 +1,88 @@
+"""SGLang in an Apptainer image (a SIF): the `apptainer exec` that runs it; it starts nothing and builds nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ziphius.errors import ConfigError
+from ziphius.launchers.job import Job, Mount, container_variables, made_folders, mounts, server_words, without_own
+from ziphius.launchers.launcher import RUN_ID, Launch
+
+PROGRAMS = ("apptainer", "singularity")
+_PREFIX = "APPTAINERENV_"
+
+
+def find_program(env: Mapping[str, str]) -> str | None:
+    """Apptainer on the caller's PATH (singularity: its former name), or None."""
+    for program in PROGRAMS:
+        found = shutil.which(program, path=env.get("PATH"))
+        if found is not None:
+            return found
+    return None
+
+
+def require_program(env: Mapping[str, str]) -> str:
+    program = find_program(env)
+    if program is None:
+        raise ConfigError("apptainer is not installed here (scripts/install_apptainer.sh can put it into a folder)")
+    return program
+
+
+@dataclass(frozen=True, slots=True)
+class Apptainer:
+    """`image`: a SIF (or an unpacked root). `python`: its interpreter."""
+
+    image: Path
+    python: str = "python3"
+
+    def require(self, env: Mapping[str, str]) -> None:
+        require_program(env)
+        if not self.image.exists():
+            raise ConfigError(f"there is no image {self.image}: `ziphius image build` makes one", param="image")
+
+    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
+        program = find_program(env) or PROGRAMS[0]
+        words = [program, "exec"]
+        # Its own process ids: with the first of them everything in it ends, whatever ignores signals or forks.
+        words += ["--pid"]
+        if job.gpus:
+            words += ["--nv"]
+        # The image's environment and what is meant for it, as it is: no shell looks at the values.
+        words += ["--cleanenv", "--no-eval", "--no-mount", "cwd", "--pwd", "/"]
+        # A home of its own: root's would hide what an image keeps in /root, and anybody's may be on NFS.
+        words += ["--home", str(job.home)]
+        for mount in mounts(job):
+            words += ["--mount", mount_option(mount)]
+        argv = (*words, str(self.image), self.python, *server_words(job))
+        # A singularity that is no Apptainer knows only its own prefix; Apptainer takes that one too, and warns.
+        prefix = _PREFIX if Path(program).name == "apptainer" else "SINGULARITYENV_"
+        inside = {prefix + name: value for name, value in container_variables(job, env).items()}
+        return Launch(
+            argv,
+            {**_of_the_host(env), **inside},
+            None,
+            files=() if job.secrets is None else (job.secrets,),
+            folders=made_folders(job),
+            marks=(RUN_ID, prefix + RUN_ID),
+        )
+
+
+def mount_option(mount: Mount, read_only: str = "ro") -> str:
+    """`--mount`'s value: fields as in a CSV line, so that a path may hold commas, colons and quotes."""
+    fields = ["type=bind", f"source={mount.path}", f"destination={mount.path}"]
+    if not mount.writable:
+        fields.append(read_only)
+    return ",".join(_csv_field(field) for field in fields)
+
+
+def _csv_field(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"' if any(c in text for c in ',"\n') else text
+
+
+def _of_the_host(env: Mapping[str, str]) -> dict[str, str]:
+    """For Apptainer itself. What was meant for other images, and may hold anything, is not passed on."""
+    own = without_own(env)
+    return {name: value for name, value in own.items() if not name.startswith((_PREFIX, "SINGULARITYENV_"))}

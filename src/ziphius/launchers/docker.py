@@ -1,0 +1,51 @@
+"""SGLang in a Docker image: the `docker run` that runs it; it starts nothing and pulls nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ziphius.errors import ConfigError
+from ziphius.launchers.apptainer import mount_option
+from ziphius.launchers.job import Job, container_variables, made_folders, mounts, server_words, without_own
+from ziphius.launchers.launcher import RUN_ID, Launch
+
+_PROGRAM = "docker"
+
+
+@dataclass(frozen=True, slots=True)
+class Docker:
+    """`image`: as `docker run` takes it."""
+
+    image: str
+    python: str = "python3"
+
+    def require(self, env: Mapping[str, str]) -> None:
+        if shutil.which(_PROGRAM, path=env.get("PATH")) is None:
+            raise ConfigError("docker is not installed here")
+
+    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
+        program = shutil.which(_PROGRAM, path=env.get("PATH")) or _PROGRAM
+        container = f"ziphius-{job.name}"
+        words = [program, "run", "--rm", "--name", container, "--network", "host", "--ipc", "host"]
+        # SGLang in the first process would have to look after orphans; this one does.
+        words += ["--init", "--ulimit", "memlock=-1"]
+        if job.gpus:
+            words += ["--gpus", "all"]
+        for mount in mounts(job):
+            words += ["--mount", mount_option(mount, "readonly")]
+        inside = container_variables(job, env)
+        # Names only: docker takes the values from its own environment, where `ps` does not show them.
+        for name in sorted({*inside, RUN_ID}):
+            words += ["--env", name]
+        argv = (*words, "--entrypoint", self.python, self.image, *server_words(job))
+        return Launch(
+            argv,
+            {**without_own(env), **inside},
+            None,
+            files=() if job.secrets is None else (job.secrets,),
+            folders=made_folders(job),
+            # The container is the daemon's child: it outlives a `docker run` that was killed.
+            cleanup=(program, "rm", "--force", container),
+        )

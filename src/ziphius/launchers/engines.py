@@ -1,0 +1,68 @@
+"""Which engine a config asks for, and its launcher; it starts nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ziphius.config import Resolved
+from ziphius.errors import ConfigError
+from ziphius.launchers import native, sglang
+from ziphius.launchers.launcher import Launch, Launcher
+from ziphius.launchers.sglang_plan import Outlook, plan_start
+from ziphius.planner.abilities import OF_SGLANG_ONLY
+from ziphius.planner.hardware import Host
+from ziphius.planner.probe import probe_host
+
+_OF_SGLANG = ("runtime", "python", "image", "engine_args", "cache_dir", "cuda_graph_max_bs")
+
+
+def engine_launcher(*, force: bool = False, show_for: Host | None = None) -> Launcher:
+    """Launches whatever engine a config names. `force`: a plan that says no is a note, not a refusal.
+
+    `show_for`: the machine that a command is shown for, where it is not to be started.
+    """
+
+    def planned(resolved: Resolved, env: Mapping[str, str]) -> Outlook:
+        return plan_start(resolved, env, force=force, probe=probe_host if show_for is None else lambda: show_for)
+
+    def launch(resolved: Resolved, env: Mapping[str, str]) -> Launch:
+        if resolved.config.engine == "sglang":
+            return sglang.Sglang(planned, only_show=show_for is not None)(resolved, env)
+        refuse_other_engines_options(resolved)
+        return native.native(resolved, env)
+
+    return launch
+
+
+def refuse_other_engines_options(resolved: Resolved) -> None:
+    """ConfigError for a given option that the native engine does not have."""
+    config = resolved.config
+    if config.engine == "sglang":
+        return
+    if config.weights_format in OF_SGLANG_ONLY:
+        raise ConfigError(f"weights_format {config.weights_format} is for --engine sglang", param="weights_format")
+    for name in _OF_SGLANG:
+        if resolved.origins.get(name, "default") != "default":
+            spelled = "what stands after `--`" if name == "engine_args" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{spelled} is for --engine sglang", param=name)
+
+
+def with_absolute_paths(resolved: Resolved) -> Resolved:
+    """What was given relative to here must still be found by a restart from elsewhere."""
+    config = resolved.config
+    changes: dict[str, Any] = {}
+    if config.engine == "sglang" and config.runtime in ("auto", "apptainer"):
+        image = config.image or (sglang.DEFAULT_IMAGE if config.python is None else None)
+        if image is not None and os.path.exists(image):
+            changes["image"] = os.path.abspath(image)
+    for name in ("python", "cache_dir", "chat_template"):
+        value = getattr(config, name)
+        # A program without a slash is looked up on the PATH; SGLang has templates that are known by a name.
+        is_path = value is not None and (name == "cache_dir" or os.sep in value or os.path.exists(value))
+        if is_path:
+            changes[name] = str(Path(value).expanduser().absolute())
+    return replace(resolved, config=replace(config, **changes)) if changes else resolved

@@ -1,0 +1,137 @@
+"""What a runtime (a Python, Apptainer, Docker) is asked to run: SGLang's arguments and what it must see; data only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from ziphius.launchers.launcher import Launch, PrivateFile
+
+MODULE = ("-m", "sglang.launch_server")
+SECRETS_FLAG = "--config"
+"""SGLang reads further settings from a YAML file: the API key goes there, off the command line."""
+_NOT_FOR_A_CHILD = "ZIPHIUS_"
+# What of the caller's environment a container gets; the image has its own of everything else.
+_FORWARDED_PREFIXES = ("HF_", "NCCL_", "SGLANG_", "SGL_", "CUDA_", "GLOO_", "UCX_", "NVSHMEM_", "TORCH",
+                       "TRITON_", "FLASHINFER_", "OMP_", "OTEL_", "TRANSFORMERS_",
+                       "TOKENIZERS_")  # fmt: skip
+_FORWARDED = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy",
+              "all_proxy", "TZ", "LANG", "LC_ALL", "MASTER_ADDR", "MASTER_PORT", "PYTORCH_CUDA_ALLOC_CONF",
+              "PYTORCH_ALLOC_CONF")  # fmt: skip
+# Folders of the host, of its own CUDA among them: the image has its own.
+_OF_THE_HOST = ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "TRITON_PTXAS_PATH")
+CACHE_FOLDERS = {
+    "XDG_CACHE_HOME": "xdg",
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "SGLANG_DG_CACHE_DIR": "deep_gemm",
+    "DG_JIT_CACHE_DIR": "deep_gemm",
+}
+"""Variable -> folder in the cache: what a server compiles. An image is read-only, and such files on NFS break."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A folder or file of this machine, seen at the same path inside a container."""
+
+    path: Path
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One SGLang server."""
+
+    name: str
+    """Of the instance."""
+    arguments: tuple[str, ...]
+    variables: Mapping[str, str]
+    """Set by Ziphius itself, whatever the caller's environment says."""
+    secrets: PrivateFile | None
+    reads: tuple[Path, ...]
+    """Folders that it must see: the model, wherever its links lead."""
+    hub_cache: Path
+    """Where it finds and keeps what it fetches from the hub."""
+    compiled: Path
+    """This machine's own folder for what it compiles."""
+    gpus: bool
+
+    @property
+    def home(self) -> Path:
+        """The home folder inside an image."""
+        return self.compiled / "home"
+
+
+class Runtime(Protocol):
+    """How a job becomes a process on this machine."""
+
+    def require(self, env: Mapping[str, str]) -> None:
+        """ConfigError, with what to do, where what it needs is not there."""
+        ...
+
+    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
+        """The process, also where what it needs is not there (to be shown)."""
+        ...
+
+
+def server_words(job: Job) -> tuple[str, ...]:
+    """What follows the interpreter."""
+    secrets = () if job.secrets is None else (SECRETS_FLAG, str(job.secrets.path))
+    return (*MODULE, *job.arguments, *secrets)
+
+
+def without_own(env: Mapping[str, str]) -> dict[str, str]:
+    """The caller's environment less Ziphius' own variables (one of which may be the API key)."""
+    return {name: value for name, value in env.items() if not name.startswith(_NOT_FOR_A_CHILD)}
+
+
+def container_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment inside an image: what of the caller's makes sense there, the caches, and the job's own."""
+    inside = {
+        name: value
+        for name, value in env.items()
+        if (name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES)) and name not in _OF_THE_HOST
+    }
+    inside |= {name: str(job.compiled / folder) for name, folder in CACHE_FOLDERS.items()}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        inside.pop(name, None)
+    inside["HF_HUB_CACHE"] = str(job.hub_cache)
+    return {**inside, **job.variables}
+
+
+def mounts(job: Job) -> tuple[Mount, ...]:
+    """In the order in which they are made: what lies inside another comes after it."""
+    found = {path: Mount(path) for path in job.reads}
+    if job.secrets is not None:
+        found[job.secrets.path] = Mount(job.secrets.path)
+    found[job.hub_cache] = Mount(job.hub_cache, writable=True)
+    found[job.compiled] = Mount(job.compiled, writable=True)
+    return tuple(found[path] for path in sorted(found))
+
+
+def made_folders(job: Job) -> tuple[Path, ...]:
+    return (job.hub_cache, job.home, *sorted({job.compiled / folder for folder in CACHE_FOLDERS.values()}))
+
+
+def needed_folders(model: str) -> tuple[Path, ...]:
+    """The model's folder, and those that links in it lead to (as all files of a hub cache's snapshot do)."""
+    folder = Path(model).expanduser()
+    if not folder.exists():
+        return ()
+    folder = folder.absolute()
+    top = folder if folder.is_dir() else folder.parent
+    found = {top}
+    for path in (top, *top.iterdir()):
+        if path.is_symlink():
+            target = path.resolve()
+            found.add(target if target.is_dir() else target.parent)
+    return tuple(sorted(path for path in found if path.exists() and path != Path("/")))
+
+
+def default_compiled(env: Mapping[str, str]) -> Path:
+    """A folder on a disk of this machine: homes are often shared between machines."""
+    return Path(env.get("TMPDIR") or "/tmp") / f"ziphius-cache-{os.getuid()}"

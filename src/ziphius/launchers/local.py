@@ -1,0 +1,46 @@
+"""SGLang in a Python of this machine: the caller's environment reaches it, PYTHONPATH included; it starts nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ziphius.errors import ConfigError
+from ziphius.launchers.job import Job, server_words, without_own
+from ziphius.launchers.launcher import Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """`python`: an interpreter that has SGLang; None: Ziphius' own, if it has."""
+
+    python: str | None
+
+    def require(self, env: Mapping[str, str]) -> None:
+        if self.python is None and importlib.util.find_spec("sglang") is None:
+            raise ConfigError(
+                "this Python has no SGLang: name one that has with --python, or use an image with "
+                "--runtime apptainer (`ziphius image build` makes one)",
+                param="python",
+            )
+        if self._interpreter() is None:
+            raise ConfigError(f"--python {self.python}: there is no such program", param="python")
+
+    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
+        argv = (self._interpreter() or str(self.python), *server_words(job))
+        child = {**without_own(env), **job.variables}
+        # The caller's folder must not shadow modules (a random http.py there).
+        child.setdefault("PYTHONSAFEPATH", "1")
+        child.setdefault("PYTHONFAULTHANDLER", "1")
+        return Launch(argv, child, None, files=() if job.secrets is None else (job.secrets,))
+
+    def _interpreter(self) -> str | None:
+        if self.python is None:
+            return sys.executable
+        found = shutil.which(str(Path(self.python).expanduser()))
+        # Not resolved: a virtual environment's interpreter is a link, and knows its packages by the link's place.
+        return None if found is None else str(Path(found).absolute())

@@ -1,0 +1,116 @@
+"""SGLang as an engine: from a resolved config to a job for one of the runtimes; it starts and probes nothing itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from ziphius.config import DEFAULT_MODEL, Resolved
+from ziphius.errors import ConfigError
+from ziphius.launchers.apptainer import Apptainer, find_program
+from ziphius.launchers.docker import Docker
+from ziphius.launchers.image import DEFAULT_SOURCE
+from ziphius.launchers.job import Job, Runtime, default_compiled, needed_folders
+from ziphius.launchers.launcher import Launch, PrivateFile
+from ziphius.launchers.local import Local
+from ziphius.launchers.sglang_plan import Outlook
+from ziphius.launchers.sglang_settings import Planned, arguments, threads_environment
+from ziphius.paths import instances_folder, ziphius_home
+from ziphius.planner.find_model import hub_cache, hub_home
+
+DEFAULT_IMAGE = "sglang.sif"
+Planner = Callable[[Resolved, Mapping[str, str]], Outlook]
+
+
+class Sglang:
+    """A launcher. `planner` says what memory fraction to ask for, or refuses.
+
+    `only_show`: the command is to be shown, perhaps for another machine, so that nothing needs to be there.
+    """
+
+    def __init__(self, planner: Planner, *, only_show: bool = False) -> None:
+        self._planner = planner
+        self._only_show = only_show
+
+    def __call__(self, resolved: Resolved, env: Mapping[str, str]) -> Launch:
+        if resolved.config.model == DEFAULT_MODEL:
+            raise ConfigError(
+                f"--engine sglang wants --model, a hub id or a Hugging Face folder: {DEFAULT_MODEL} is a GGUF file",
+                param="model",
+            )
+        runtime = choose_runtime(resolved, env)
+        if not self._only_show:
+            runtime.require(env)
+        arguments(resolved, Planned(), resolved.config.model)  # what contradicts is told before a plan
+        outlook = self._planner(resolved, env)
+        launch = runtime.launch(_job(resolved, env, outlook), env)
+        return replace(launch, predicted_kv_tokens=outlook.predicted_kv_tokens, notes=outlook.notes)
+
+
+def choose_runtime(resolved: Resolved, env: Mapping[str, str]) -> Runtime:
+    """The runtime asked for; for `auto` an image where one, or Apptainer, is there, else a local Python."""
+    config = resolved.config
+    kind = config.runtime
+    if kind == "auto":
+        kind = _kind_that_is_there(resolved, env)
+    if kind != "local" and config.python is not None:
+        raise ConfigError(f"--python is for --runtime local; {kind} runs the image's own", param="python")
+    if kind == "local":
+        if config.image is not None:
+            raise ConfigError("--image is for --runtime apptainer and docker", param="image")
+        return Local(config.python)
+    if kind == "docker":
+        return Docker(config.image or DEFAULT_SOURCE.removeprefix("docker://"))
+    return Apptainer(Path(config.image or DEFAULT_IMAGE).expanduser().absolute())
+
+
+def _kind_that_is_there(resolved: Resolved, env: Mapping[str, str]) -> str:
+    config = resolved.config
+    if config.python is not None:
+        return "local"
+    there = config.image is not None or os.path.exists(DEFAULT_IMAGE) or find_program(env) is not None
+    return "apptainer" if there else "local"
+
+
+def _job(resolved: Resolved, env: Mapping[str, str], outlook: Outlook) -> Job:
+    config = resolved.config
+    model = Path(config.model).expanduser()
+    is_local = model.exists()
+    reads = needed_folders(config.model) if is_local else ()
+    if config.chat_template is not None and os.path.isfile(config.chat_template):
+        reads = (*reads, Path(config.chat_template).absolute())
+    variables = dict(threads_environment(resolved))
+    token = hub_home(env).absolute() / "token"
+    if token.exists() and not env.get("HF_TOKEN"):  # who has logged in to the hub has it in a file
+        reads, variables["HF_TOKEN_PATH"] = (*reads, token), str(token)
+    return Job(
+        name=config.name,
+        arguments=arguments(resolved, outlook.planned, str(model.absolute()) if is_local else config.model),
+        variables=variables,
+        secrets=_secrets(resolved, env),
+        reads=reads,
+        hub_cache=hub_cache(env).absolute(),
+        compiled=_compiled(resolved, env),
+        gpus=outlook.gpus,
+    )
+
+
+def _compiled(resolved: Resolved, env: Mapping[str, str]) -> Path:
+    config = resolved.config
+    path = Path(config.cache_dir).expanduser().absolute() if config.cache_dir else default_compiled(env)
+    if ":" in str(path):
+        raise ConfigError(f"a folder for caches must have no colon in its path: {path}", param="cache_dir")
+    return path
+
+
+def _secrets(resolved: Resolved, env: Mapping[str, str]) -> PrivateFile | None:
+    """The API key in a file that only its owner reads. JSON is YAML."""
+    key = resolved.config.api_key
+    if key is None:
+        return None
+    path = instances_folder(ziphius_home(env)) / resolved.config.name / "sglang.yaml"
+    return PrivateFile(path, msgspec.json.encode({"api-key": key}).decode() + "\n", "api-key: ********")

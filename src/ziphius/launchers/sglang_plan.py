@@ -1,0 +1,72 @@
+"""The plan before a start of SGLang: does it fit, and with which memory fraction; it starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from ziphius.config import Resolved
+from ziphius.errors import ConfigError, DoesNotFit, ModelError
+from ziphius.launchers.sglang_settings import Planned
+from ziphius.planner.check import refusal, request_of
+from ziphius.planner.find_model import find_model
+from ziphius.planner.hardware import Host, with_more_gpus
+from ziphius.planner.plan import Plan
+from ziphius.planner.planner import build_plan
+from ziphius.planner.probe import probe_host
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the plan says of a start."""
+
+    planned: Planned
+    gpus: bool
+    """Whether it will compute on GPUs."""
+    predicted_kv_tokens: int | None = None
+    """Of one rank's pool; None where SGLang's rule is not known (a CPU) or the model is not."""
+    notes: tuple[str, ...] = ()
+
+
+def plan_start(
+    resolved: Resolved, env: Mapping[str, str], *, force: bool, probe: Callable[[], Host] = probe_host
+) -> Outlook:
+    """The outlook on this machine. DoesNotFit, with the numbers and the nearest changes, unless `force`.
+
+    A model that the planner does not know is no reason to refuse: SGLang knows many more.
+    """
+    config = resolved.config
+    host = probe()
+    gpus = config.device == "cuda" or (config.device == "auto" and bool(host.gpus))
+    try:
+        source = find_model(config.model, env)
+        plan = build_plan(source, _all_machines(host, resolved), request_of(config, host, torch_cuda=True))
+    except ModelError as e:
+        return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
+    except ConfigError as e:
+        if not force:
+            raise
+        return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
+    remote_code = source.config.mla is not None
+    if plan.recommendation is None:
+        if not force:
+            raise DoesNotFit(refusal(plan) + "; --force starts it all the same")
+        return Outlook(Planned(None, remote_code), gpus, notes=(f"started although {refusal(plan)}",))
+    return _outlook(plan, gpus, remote_code)
+
+
+def _all_machines(host: Host, resolved: Resolved) -> Host:
+    """Every machine has as many GPUs as this one: together they have what tensor parallelism asks for."""
+    config = resolved.config
+    whole = [gpu for gpu in host.gpus if not gpu.mig]
+    if config.nnodes > 1 and whole and config.tp <= len(whole) * config.nnodes:
+        return with_more_gpus(host, config.tp)
+    return host
+
+
+def _outlook(plan: Plan, gpus: bool, remote_code: bool) -> Outlook:
+    chosen = plan.shown
+    if not gpus or chosen is None:
+        return Outlook(Planned(None, remote_code), gpus)
+    outlook = Outlook(Planned(chosen.mem_fraction, remote_code), gpus, chosen.kv_tokens)
+    return replace(outlook, notes=(f"planned: {chosen.reason}",))

@@ -1,0 +1,180 @@
+"""Ziphius' options as SGLang's (0.5.23) arguments, and what contradicts; it knows no runtime and starts nothing.
+
+Options left at Ziphius' defaults are left to SGLang, whose own defaults suit its scheduler; the exceptions are the
+queue's limit and the metrics, without which an overloaded server could not be told from a busy one.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from ziphius.config import Resolved, option_fields
+from ziphius.errors import ConfigError
+
+_SAME = {
+    "context_length": "--context-length",
+    "chunked_prefill_size": "--chunked-prefill-size",
+    "page_size": "--page-size",
+    "max_running_requests": "--max-running-requests",
+    "max_total_tokens": "--max-total-tokens",
+    "cuda_graph_max_bs": "--cuda-graph-max-bs-decode",
+    "log_level": "--log-level",
+    "dist_init_addr": "--dist-init-addr",
+    "revision": "--revision",
+    "load_format": "--load-format",
+    "chat_template": "--chat-template",
+    "rank_timeout": "--watchdog-timeout",
+}
+"""Given when the user chose a value; SGLang's flag takes it as it is."""
+_ALWAYS = {"host": "--host", "port": "--port", "max_queued_requests": "--max-queued-requests"}
+_OWN = {
+    **_SAME,
+    **_ALWAYS,
+    "model": "--model-path",
+    "served_model_name": "--served-model-name",
+    "api_key": "--api-key",
+    "tp": "--tp-size",
+    "mem_fraction": "--mem-fraction-static",
+    "dtype": "--dtype",
+    "device": "--device",
+    "nnodes": "--nnodes",
+    "node_rank": "--node-rank",
+    "prefix_cache": "--disable-radix-cache",
+}
+"""Ziphius' option -> the flag of SGLang's that it decides, which therefore may not come after `--`."""
+_UNPLANNED = ("load_format", "revision", "chat_template", "rank_timeout")
+"""Options that no plan and no status rests on: SGLang's flag is refused only where the option was given as well."""
+_OTHER_SPELLINGS = {"--model": "model", "--tensor-parallel-size": "tp", "--tp": "tp"}
+_OF_ZIPHIUS = ("name", "drain_timeout", "start_timeout", "engine", "runtime", "python", "image", "engine_args",
+               "cache_dir", "weights_format", "threads")  # fmt: skip
+"""Options that Ziphius itself follows, whatever the engine, or that become no flag of their own."""
+_FORMATS = {
+    "fp32": ("--dtype", "float32"),
+    "bf16": ("--dtype", "bfloat16"),
+    "fp16": ("--dtype", "float16"),
+    "fp8": ("--quantization", "fp8"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What the plan decided for a start, as far as SGLang must be told."""
+
+    mem_fraction: float | None = None
+    trust_remote_code: bool = False
+    """DeepSeek's checkpoints name code of their own in their config."""
+
+
+def arguments(resolved: Resolved, planned: Planned, model: str) -> tuple[str, ...]:
+    """SGLang's arguments, without the API key, which is no matter of a command line. ConfigError for a contradiction.
+
+    `model`: the folder or id as SGLang will see it.
+    """
+    config = resolved.config
+    _refuse_unknown_to_sglang(resolved)
+    extra = tuple(shlex.split(config.engine_args or ""))
+    _refuse_conflicts(resolved, extra)
+    words = ["--model-path", model, "--served-model-name", config.served_model_name or model_name(config.model)]
+    for name, flag in _ALWAYS.items():
+        words += [flag, str(getattr(config, name))]
+    words += ["--enable-metrics"]
+    if config.tp > 1:
+        words += ["--tp-size", str(config.tp)]
+    words += _nodes(resolved)
+    fraction = config.mem_fraction if config.mem_fraction is not None else planned.mem_fraction
+    if fraction is not None:
+        words += ["--mem-fraction-static", f"{fraction:g}"]
+    for name, flag in _SAME.items():
+        if name != "dist_init_addr" and _chosen(resolved, name):
+            words += [flag, _shown(getattr(config, name))]
+    if not config.prefix_cache:
+        words.append("--disable-radix-cache")
+    if config.device != "auto":
+        words += ["--device", config.device]
+    words += _precision(resolved)
+    if planned.trust_remote_code:
+        words.append("--trust-remote-code")
+    return (*words, *extra)
+
+
+def model_name(model: str) -> str:
+    """The name in the API where none was given: a folder's own name, an id as it is."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() else model
+
+
+def threads_environment(resolved: Resolved) -> tuple[tuple[str, str], ...]:
+    """SGLang takes its CPU threads from OpenMP's variable."""
+    return () if resolved.config.threads is None else (("OMP_NUM_THREADS", str(resolved.config.threads)),)
+
+
+def _nodes(resolved: Resolved) -> list[str]:
+    config = resolved.config
+    if config.nnodes == 1:
+        return []
+    if config.dist_init_addr is None:
+        raise ConfigError("several machines need --dist-init-addr HOST:PORT of machine 0", param="dist_init_addr")
+    if config.tp % config.nnodes:
+        raise ConfigError(f"tp {config.tp} does not spread evenly over {config.nnodes} machines", param="tp")
+    return ["--nnodes", str(config.nnodes), "--node-rank", str(config.node_rank),
+            "--dist-init-addr", config.dist_init_addr]  # fmt: skip
+
+
+def _precision(resolved: Resolved) -> list[str]:
+    config = resolved.config
+    words = [] if config.dtype == "auto" else ["--dtype", config.dtype]
+    if config.weights_format == "auto":
+        return words
+    if config.weights_format not in _FORMATS:
+        raise ConfigError(
+            f"weights_format {config.weights_format} is not made by SGLang: give it a checkpoint that is "
+            "quantized already, and its method after `--` (as -- --quantization awq)",
+            param="weights_format",
+        )
+    flag, value = _FORMATS[config.weights_format]
+    if flag == "--dtype" and words and config.dtype != value:
+        raise ConfigError(f"SGLang computes in the type of its weights: dtype {config.dtype} contradicts "
+                          f"weights_format {config.weights_format}", param="weights_format")  # fmt: skip
+    return words if words[:1] == [flag] else [*words, flag, value]
+
+
+def _chosen(resolved: Resolved, name: str) -> bool:
+    return resolved.origins.get(name, "default") != "default" and getattr(resolved.config, name, None) is not None
+
+
+def _refuse_unknown_to_sglang(resolved: Resolved) -> None:
+    for option in option_fields():
+        if option.name not in _OWN and option.name not in _OF_ZIPHIUS and _chosen(resolved, option.name):
+            value = getattr(resolved.config, option.name)
+            if value != option.default:
+                raise ConfigError(
+                    f"{option.name} ({resolved.origins[option.name]}) is an option of the native engine; "
+                    "SGLang has no such setting",
+                    param=option.name,
+                )
+
+
+def _refuse_conflicts(resolved: Resolved, extra: tuple[str, ...]) -> None:
+    """Arguments after `--` that an option of Ziphius' decides: the plan, the status and the stop would not know."""
+    deciders = {flag: name for name, flag in _OWN.items() if name not in _UNPLANNED or _chosen(resolved, name)}
+    deciders |= _OTHER_SPELLINGS
+    for word in extra:
+        flag = word.partition("=")[0].replace("_", "-")
+        if not flag.startswith("--"):
+            continue
+        if flag == "--config":
+            raise ConfigError("--config after `--` could change what Ziphius decides: give its settings one by one")
+        # SGLang's parser takes an abbreviation too.
+        full = flag if flag in deciders else next((d for d in deciders if len(flag) > 4 and d.startswith(flag)), None)
+        if full is None:
+            continue
+        name = deciders[full]
+        spelled = "--no-prefix-cache" if name == "prefix_cache" else "--" + name.replace("_", "-")
+        raise ConfigError(f"{word.partition('=')[0]} after `--` is Ziphius' {spelled}: give that one, before `--`",
+                          param=name)  # fmt: skip
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,117 @@
+"""A batch script for Slurm: one `ziphius serve` on each node of a job; it submits nothing and asks nobody."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ziphius.config import Resolved, option_fields
+from ziphius.errors import ConfigError
+from ziphius.paths import ziphius_home
+
+DRAIN_SIGNAL = "URG"
+"""What `ziphius serve` takes for a wish to drain, as Slurm names it. Slurm sends signals to every process of a job:
+SIGTERM would end the ranks of a model in the midst of their requests; who does not know this one ignores it."""
+_SPARE_S = 30
+"""Between the signal and the time limit, beyond the drain."""
+_OF_THE_SCRIPT = ("nnodes", "node_rank", "dist_init_addr")
+_FIRST_PORT, _PORTS = 20000, 10000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """What the job asks Slurm for."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    time_limit: str | None = None
+    """As sbatch takes it: 2-00:00:00."""
+    partition: str | None = None
+    account: str | None = None
+    more: tuple[str, ...] = ()
+    """Further options of sbatch."""
+
+
+def for_job(resolved: Resolved, allocation: Allocation) -> Resolved:
+    """The settings on the nodes: all their GPUs where no --tp says otherwise, reachable from the other machines."""
+    config, origins = resolved.config, dict(resolved.origins)
+    for name in _OF_THE_SCRIPT:
+        if origins.get(name, "default") != "default":
+            raise ConfigError(f"--{name.replace('_', '-')} is set on each node by the job's script", param=name)
+    changes: dict[str, Any] = {}
+    if origins.get("host") == "default":
+        changes["host"] = "0.0.0.0"
+    if origins.get("tp") == "default" and allocation.gpus_per_node:
+        changes["tp"] = allocation.nodes * allocation.gpus_per_node
+    if allocation.nodes > 1 and changes.get("tp", config.tp) % allocation.nodes:
+        raise ConfigError(f"tp {config.tp} does not spread evenly over {allocation.nodes} nodes", param="tp")
+    if Path(config.model).expanduser().exists():
+        changes["model"] = str(Path(config.model).expanduser().absolute())
+    return Resolved(replace(config, **changes), {**origins, **dict.fromkeys(changes, "slurm")})
+
+
+def batch_script(resolved: Resolved, allocation: Allocation, folder: Path, env: Mapping[str, str]) -> str:
+    """`resolved`: as `for_job` made it; `folder`: the instance's, which every node must see. No secret is in it."""
+    config = resolved.config
+    lines = ["#!/bin/bash", *_directives(resolved, allocation, folder), "set -u"]
+    lines += ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
+    lines += [f"meet=$head:$(({_FIRST_PORT} + SLURM_JOB_ID % {_PORTS}))"]
+    lines += [f"export ZIPHIUS_HOME={shlex.quote(str(ziphius_home(env)))}"]
+    if config.api_key is not None:
+        lines += ["# The API key comes in the job's environment, as ZIPHIUS_API_KEY."]
+    serve = shlex.join([sys.executable, "-m", "ziphius", "serve", *_flags(resolved)])
+    if allocation.nodes > 1:
+        serve += f' --nnodes {allocation.nodes} --node-rank "$SLURM_PROCID" --dist-init-addr "$1"'
+    # One that ends ends the others: the rest of a model is of no use.
+    step = ["srun", "--kill-on-bad-exit=1", "--wait=30", "--open-mode=truncate",
+            f"--output={folder}/node-%t.log"]  # fmt: skip
+    lines += [f'exec {shlex.join(step)} /bin/sh -c {shlex.quote("exec " + serve)} ziphius "$meet"']
+    return "\n".join(lines) + "\n"
+
+
+def _directives(resolved: Resolved, allocation: Allocation, folder: Path) -> list[str]:
+    config = resolved.config
+    options = [
+        f"--job-name=ziphius-{config.name}",
+        f"--nodes={allocation.nodes}",
+        "--ntasks-per-node=1",
+        f"--output={shlex.quote(str(folder))}/slurm.log",
+        "--open-mode=truncate",
+        # A model that is started again by itself, hours later, surprises: whoever wants it submits again.
+        "--no-requeue",
+        # `ziphius serve` then refuses new requests and finishes those that run; it alone heeds this signal.
+        f"--signal={DRAIN_SIGNAL}@{math.ceil(config.drain_timeout) + _SPARE_S}",
+    ]
+    if allocation.gpus_per_node:
+        options.append(f"--gpus-per-node={allocation.gpus_per_node}")
+    for name, value in (("time", allocation.time_limit), ("partition", allocation.partition),
+                        ("account", allocation.account)):  # fmt: skip
+        if value is not None:
+            options.append(f"--{name}={value}")
+    every = [*options, *allocation.more]
+    if any("\n" in option for option in every):
+        raise ConfigError("an option of sbatch must be one line")
+    return [f"#SBATCH {option}" for option in every]
+
+
+def _flags(resolved: Resolved) -> list[str]:
+    """The options that were chosen, as `ziphius serve` takes them; secrets and what the script sets are left out."""
+    words = ["--name", resolved.config.name]
+    for option in option_fields():
+        name, value = option.name, getattr(resolved.config, option.name)
+        if name in ("name", *_OF_THE_SCRIPT) or option.metadata["secret"] or value is None:
+            continue
+        if resolved.origins.get(name, "default") == "default":
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        else:
+            # With `=`: a value may begin with a dash.
+            words.append(f"{flag}={value:g}" if isinstance(value, float) else f"{flag}={value}")
+    return words

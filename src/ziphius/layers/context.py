@@ -1,0 +1,23 @@
+"""LayerContext: what every layer of one rank's model is built with; it builds nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ziphius.distributed import ParallelState
+from ziphius.layers.ops import LayerOps
+from ziphius.layers.quantization import LinearFormat
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """Handed from the model down to each layer."""
+
+    parallel: ParallelState
+    linear_format: LinearFormat
+    ops: LayerOps
+    dtype: torch.dtype
+    """Of activations, embedding, norms and biases."""
+    device: torch.device

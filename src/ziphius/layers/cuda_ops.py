@@ -1,0 +1,124 @@
+"""CudaOps: the operations between matrix products on a GPU, and the whole mixture of experts; it holds no weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ziphius.distributed import ParallelState
+from ziphius.kernels.gpu import activation, experts, norm, rotary, routing
+from ziphius.kernels.gpu.experts import ExpertMatrices, PairConfig
+from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.routing import Routes
+from ziphius.layers.cuda_weights import CudaKernels
+from ziphius.layers.quantization import DenseExperts, DenseWeight
+from ziphius.models.config import MoEConfig
+
+if TYPE_CHECKING:
+    from ziphius.layers.mlp import GatedMLP
+    from ziphius.layers.moe import RoutedExperts
+    from ziphius.layers.norm import RMSNorm
+
+_ROUTE_AT_ONCE = 20480
+"""Values of all tokens up to which norm, router and top-k are one kernel, where each token reads the router alone."""
+_SHARED_AS_PAIRS = 256
+"""Tokens up to which shared experts go along with the routed ones; beyond, the library is faster at them."""
+
+
+class CudaOps:
+    def __init__(self, device: torch.device, batch_invariant: bool = False) -> None:
+        self._gpu = Gpu.of(device, batch_invariant)
+        self._kernels = CudaKernels(self._gpu, device)
+        self._routing = routing.RouteWorkspace.on(device)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm.rms_norm(self._gpu, x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return norm.add_rms_norm(self._gpu, x, residual, weight, eps)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return activation.silu_and_mul(self._gpu, gate_up)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        return rotary.rotate(self._gpu, x, cos, sin, interleaved)
+
+    def mixture(
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        gate: Tensor,
+        routed: RoutedExperts,
+        shared: GatedMLP | None,
+        moe: MoEConfig,
+        parallel: ParallelState,
+        next_reads: tuple[Tensor, ...] = (),
+    ) -> Tensor | None:
+        """See LayerOps."""
+        matrices = _matrices(routed)
+        if matrices is None or gate.dtype != x.dtype:
+            return None
+        together = _with_shared(matrices, shared, moe)
+        if together is not None and (x.shape[0] <= _SHARED_AS_PAIRS or self._gpu.batch_invariant):
+            matrices, shared = together, None
+        normed, routes = self._route(x, norm, gate, moe, matrices)
+        # Several ranks: one of them brings the residual into the sum, as the sum comes after.
+        residual = x if parallel.rank == 0 else None
+        if shared is not None:
+            act = shared.activations(normed)
+            part = shared.down_proj.weight(act) if residual is None else shared.down_proj.weight.onto(act, residual)
+            residual = part
+        return parallel.all_reduce(self._experts(normed, routes, matrices, residual, moe, next_reads))
+
+    def _route(
+        self, x: Tensor, norm: RMSNorm, gate: Tensor, moe: MoEConfig, matrices: ExpertMatrices
+    ) -> tuple[Tensor, Routes]:
+        shared = matrices.shared
+        ahead = matrices.shared_or_own if shared else ()
+        if x.numel() <= _ROUTE_AT_ONCE and not self._gpu.batch_invariant:
+            return routing.route(self._gpu, x, norm.weight, norm.eps, gate, moe, shared, self._routing, ahead)
+        normed = norm(x)
+        logits = self._kernels.linear(normed, gate, out_dtype=torch.float32)
+        return normed, routing.top_k(self._gpu, logits, moe, shared, self._routing, ahead)
+
+    def _experts(
+        self,
+        x: Tensor,
+        routes: Routes,
+        matrices: ExpertMatrices,
+        residual: Tensor | None,
+        moe: MoEConfig,
+        ahead: tuple[Tensor, ...],
+    ) -> Tensor:
+        count, hidden, width = matrices.down.shape
+        gpu, tokens = self._gpu, x.shape[0]
+        plan = self._kernels.tuned.experts(tokens, count, hidden, width, moe.num_experts_per_tok)
+        if isinstance(plan, PairConfig):
+            return experts.pair_experts(gpu, x, routes, matrices, residual, plan, ahead)
+        blocks = routing.align(gpu, routes, count + matrices.shared, plan.block_m, self._routing)
+        ahead = ahead if tokens <= _SHARED_AS_PAIRS else ()
+        return experts.grouped_experts(gpu, x, routes, blocks, matrices, residual, plan.first, plan.second, ahead)
+
+
+def _matrices(routed: RoutedExperts) -> ExpertMatrices | None:
+    gate_up, down = routed.gate_up, routed.down
+    if isinstance(gate_up, DenseExperts) and isinstance(down, DenseExperts):
+        return ExpertMatrices(gate_up.weight, down.weight)
+    return None
+
+
+def _with_shared(matrices: ExpertMatrices, shared: GatedMLP | None, moe: MoEConfig) -> ExpertMatrices | None:
+    """With the shared experts as further experts, where they are whole multiples of one and of the same type."""
+    if shared is None:
+        return None
+    gate_up, down = shared.gate_up_proj.weight, shared.down_proj.weight
+    if not isinstance(gate_up, DenseWeight) or not isinstance(down, DenseWeight):
+        return None
+    if (
+        down.weight.shape[1] != moe.n_shared_experts * matrices.down.shape[2]
+        or down.weight.dtype != matrices.down.dtype
+    ):
+        return None
+    return ExpertMatrices(matrices.gate_up, matrices.down, gate_up.weight, down.weight)

@@ -1,0 +1,305 @@
+"""The use cases: start, stop, restart, status; it prints nothing, and signals through `process` only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ziphius.config import Resolved, ServeConfig, override
+from ziphius.errors import AlreadyRunning, InstanceError, PortInUse, StartFailed
+from ziphius.launchers.launcher import Launcher
+from ziphius.manager import logs, process, release, slurm_jobs
+from ziphius.manager.client import Answer
+from ziphius.manager.instance import Instances, Record, State
+from ziphius.manager.status import Status, observe
+from ziphius.manager.watch import Watch, WatchOf, watch_of
+from ziphius.messages import LoadProgress
+
+_POLL_S = 0.2
+_ASK_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A start that ended well. `already`: it ran before, as asked for; nothing was started."""
+
+    status: Status
+    already: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an instance is reached, and with what key."""
+
+    url: str
+    api_key: str | None
+
+
+OnProgress = Callable[[LoadProgress], None]
+OnWait = Callable[[float], None]
+"""Hears how many seconds a stop has waited."""
+
+
+class Manager:
+    """The instances of one home folder. `launcher` is the seam: it says which command an instance is.
+
+    `watch_of`: how an engine that was started is asked, and its end explained.
+    """
+
+    def __init__(self, home: Path, launcher: Launcher, env: Mapping[str, str], watch_of: WatchOf = watch_of) -> None:
+        self._instances = Instances(home)
+        self._launcher = launcher
+        self._env = env
+        self._watch_of = watch_of
+
+    def log_path(self, name: str) -> Path:
+        return self._instances.log_path(name)
+
+    def record(self, name: str) -> Record | None:
+        return self._instances.read(name)
+
+    def status(self, name: str) -> Status:
+        """What the evidence says: the record, the process it names, and the server's own answer."""
+        return observe(self._instances, name, self._watch_of)
+
+    def statuses(self) -> list[Status]:
+        return [self.status(name) for name in self._instances.names()]
+
+    def address(self, name: str) -> Address:
+        """InstanceError, with what to do, unless the instance is RUNNING."""
+        status = self.status(name)
+        record = self._instances.read(name)
+        if status.state is not State.RUNNING or record is None or status.url is None:
+            remedy = "`ziphius status` tells more" if status.state.alive else "`ziphius start` starts it"
+            raise InstanceError(f"instance {name} is {status.state}, not running; {remedy}")
+        return Address(status.url, record.resolved.config.api_key)
+
+    def start(self, resolved: Resolved, on_progress: OnProgress) -> Started:
+        """Start an instance and wait until it is healthy.
+
+        AlreadyRunning, PortInUse, StartFailed (its message is the reason) or another InstanceError: then
+        nothing that this call started is left running. The same holds when the wait is interrupted.
+        """
+        resolved = _with_absolute_model(resolved)
+        name = resolved.config.name
+        with self._instances.lock(name, "start"):
+            status = self.status(name)
+            if status.state is State.RUNNING and self._same_config(resolved):
+                return Started(status, already=True)
+            child, record = self._launch(resolved)
+        self._wait_until_healthy(child, record, on_progress)
+        return Started(self.status(name), already=False)
+
+    def stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> Status:
+        """End an instance's whole process tree; returns when none of it is left, with the status from before.
+
+        `drain_s` (default: the instance's own) is how long running requests may go on. InstanceError when
+        the instance runs on another machine, or a process cannot be ended.
+        """
+        with self._instances.lock(name, "stop"):
+            return self._stop(name, drain_s, on_wait)
+
+    def restart(self, name: str, flags: Mapping[str, Any], on_wait: OnWait, on_progress: OnProgress) -> Started:
+        """Stop, then start with the settings on record and `flags` on top. InstanceError without a record."""
+        with self._instances.lock(name, "restart"):
+            record = self._instances.read(name)
+            if record is None:
+                raise InstanceError(f"no instance {name} was ever started here; use start")
+            resolved = _with_absolute_model(override(record.resolved, flags))
+            self._stop(name, None, on_wait)
+            child, record = self._launch(resolved)
+        self._wait_until_healthy(child, record, on_progress)
+        return Started(self.status(name), already=False)
+
+    def forget(self, name: str) -> None:
+        """Drop the claim that an instance runs, signalling nothing: for one whose machine is gone."""
+        with self._instances.lock(name, "stop"):
+            record = self._instances.read(name)
+            if record is not None and not record.elsewhere and self.status(name).state.alive:
+                raise InstanceError(f"instance {name} runs on this machine; stop it without --forget")
+            if record is not None:
+                self._instances.write(replace(record, pid=None, job=None))
+
+    def log_tail(self, name: str, lines: int) -> list[str]:
+        return [self._without_secrets(name, line) for line in logs.tail(self.log_path(name), lines)]
+
+    def log_follow(self, name: str, lines: int) -> Iterator[str]:
+        return (self._without_secrets(name, text) for text in logs.follow(self.log_path(name), lines))
+
+    def _without_secrets(self, name: str, text: str) -> str:
+        """SGLang writes all its settings into its log, the API key among them."""
+        record = self._instances.read(name) if text else None
+        key = None if record is None else record.resolved.config.api_key
+        return text if not key else text.replace(key, "********")
+
+    def _same_config(self, resolved: Resolved) -> bool:
+        record = self._instances.read(resolved.config.name)
+        return record is not None and record.resolved.config == resolved.config
+
+    def _launch(self, resolved: Resolved) -> tuple[subprocess.Popen[bytes], Record]:
+        """The part of a start that nobody else may do at the same time; the caller holds the lock."""
+        config = resolved.config
+        self._refuse_live(config.name)
+        self._end_leftovers(config.name)
+        self._refuse_taken_port(config)
+        launch = self._launcher(resolved, self._env)
+        log = self.log_path(config.name)
+        logs.rotate(log)
+        run_id = uuid.uuid4().hex
+        child = process.spawn(launch, log, run_id)
+        try:
+            record = Record(
+                name=config.name,
+                resolved=resolved,
+                pid=child.pid,
+                identity=process.identity(child.pid) or "",
+                run_id=run_id,
+                hostname=socket.gethostname(),
+                argv=launch.argv,
+                started_at=time.time(),
+                version=importlib.metadata.version("ziphius"),
+                cleanup=launch.cleanup,
+                predicted_kv_tokens=launch.predicted_kv_tokens,
+            )
+            self._instances.write(record)
+            # Only now does it learn what to do: a server that is on no record cannot be left behind.
+            process.hand_over(child, launch)
+        except BaseException:
+            process.kill(child)
+            raise
+        return child, record
+
+    def _refuse_live(self, name: str) -> None:
+        status = self.status(name)
+        if status.state is State.UNKNOWN:
+            raise InstanceError(f"cannot tell whether instance {name} runs: {status.reason}")
+        if status.state is State.RUNNING:
+            raise AlreadyRunning(
+                f"instance {name} runs already, with other settings, at {status.url} (pid {status.pid}); "
+                "change it with restart, or start a second one with another --name and --port"
+            )
+        if status.state.alive:
+            raise AlreadyRunning(f"instance {name} runs already: it is {status.state} (pid {status.pid}); see status")
+
+    def _end_leftovers(self, name: str) -> None:
+        """Workers that outlived a killed main process would keep their memory."""
+        record = self._instances.read(name)
+        if record is not None and record.pid is not None:
+            self._end(record, 0)
+
+    def _refuse_taken_port(self, config: ServeConfig) -> None:
+        from ziphius.server.listener import bind  # here: it is slow to import, and only a start needs it
+
+        try:
+            bind(config.host, config.port).close()
+        except PortInUse as e:
+            owner = self._instance_on(config.port) or process.port_owner(config.port) or "another program"
+            text = f"port {config.port} on {config.host} is taken by {owner}; choose another with --port"
+            raise PortInUse(text, param="port") from e
+
+    def _instance_on(self, port: int) -> str | None:
+        for name in self._instances.names():
+            status = self.status(name)
+            if status.state.alive and status.port == port:
+                return f"instance {name} (pid {status.pid})"
+        return None
+
+    def _wait_until_healthy(self, child: subprocess.Popen[bytes], record: Record, on_progress: OnProgress) -> None:
+        config = record.resolved.config
+        watch = self._watch(record)
+        deadline = time.monotonic() + config.start_timeout
+        try:
+            while time.monotonic() < deadline:
+                if child.poll() is not None:
+                    raise self._died(record, child.returncode)
+                answer = watch.ask(_ASK_TIMEOUT_S)
+                if answer.healthy:
+                    return
+                if answer.status is not None and answer.status.progress is not None:
+                    on_progress(answer.status.progress)
+                time.sleep(_POLL_S)
+            raise StartFailed(f"it was not healthy within {config.start_timeout:g} s" + _said(answer))
+        except BaseException:
+            self._undo(child, record)
+            raise
+
+    def _died(self, record: Record, code: int) -> StartFailed:
+        now = self._instances.read(record.name)
+        if now is None or now.pid != record.pid:
+            return StartFailed("it was stopped while it was starting")
+        return StartFailed(self._watch(record).last_words() or process.describe_exit(code))
+
+    def _watch(self, record: Record) -> Watch:
+        return self._watch_of(record.resolved, self.log_path(record.name))
+
+    def _undo(self, child: subprocess.Popen[bytes], record: Record) -> None:
+        """Leave nothing running. A child that died by itself stays on record: it has failed, and can say why."""
+        died = child.poll() is not None
+        self._end(record, 0)
+        child.wait()
+        if not died:
+            with self._instances.lock(record.name, "start"):
+                self._instances.mark_stopped(record.name, child.pid)
+
+    def _end(self, record: Record, drain_s: float, on_wait: OnWait | None = None) -> None:
+        """All that a start has started, and what it held: memory of GPUs, the port."""
+        from ziphius.planner.probe import probe_host  # here: `status` does without it
+
+        target = _target(record)
+        held = release.held_memory((member.pid for member in process.tree(target)), probe_host)
+        process.end_tree(target, drain_s, on_wait)
+        process.clean_up(record.cleanup)
+        config = record.resolved.config
+        release.wait_for_memory(held, probe_host)
+        release.wait_for_port(config.host, config.port)
+
+    def _stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> Status:
+        before = self.status(name)
+        record = self._instances.read(name)
+        if record is not None and record.job is not None:
+            drain = record.resolved.config.drain_timeout if drain_s is None else drain_s
+            slurm_jobs.end(record.job, drain, on_wait)
+            self._instances.write(replace(record, job=None))
+            return before
+        if record is None or record.pid is None:
+            return before
+        if record.elsewhere:
+            raise InstanceError(
+                f"instance {name} was started on {record.hostname}: stop it there (or, if that machine is gone, "
+                "drop its record with stop --forget)"
+            )
+        drain = record.resolved.config.drain_timeout if drain_s is None else drain_s
+        self._end(record, drain, on_wait)
+        self._instances.write(replace(record, pid=None))
+        return before
+
+
+def _target(record: Record) -> process.Target:
+    assert record.pid is not None
+    return process.Target(record.pid, record.identity, record.run_id)
+
+
+def _said(answer: Answer) -> str:
+    return f": {answer.problem}" if answer.problem else ""
+
+
+def _with_absolute_model(resolved: Resolved) -> Resolved:
+    """A folder given relative to here must still be found by a restart from elsewhere."""
+    from ziphius.models.pull import fetchable_models  # here: `status` does without it
+
+    if resolved.config.engine != "native":
+        from ziphius.launchers.engines import with_absolute_paths
+
+        resolved = with_absolute_paths(resolved)
+    model = resolved.config.model
+    if model not in fetchable_models() and os.path.exists(model):
+        return replace(resolved, config=replace(resolved.config, model=os.path.abspath(model)))
+    return resolved

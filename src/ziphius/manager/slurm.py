@@ -1,0 +1,68 @@
+"""Instances that are jobs of Slurm: submitting one, and what it is doing; ending one is Manager.stop's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ziphius.config import Resolved
+from ziphius.errors import AlreadyRunning, InstanceError
+from ziphius.launchers.slurm import Allocation, batch_script
+from ziphius.manager import logs, slurm_jobs
+from ziphius.manager.instance import Instances, Record
+from ziphius.manager.status import Status, observe
+from ziphius.manager.watch import watch_of
+
+
+class SlurmInstances:
+    """`home` must be seen by every node, as homes on a cluster are."""
+
+    def __init__(self, home: Path, env: Mapping[str, str]) -> None:
+        self._instances = Instances(home)
+        self._env = env
+
+    def script(self, resolved: Resolved, allocation: Allocation) -> str:
+        return batch_script(resolved, allocation, self._instances.folder(resolved.config.name), self._env)
+
+    def submit(self, resolved: Resolved, allocation: Allocation) -> Status:
+        """The new job's status. AlreadyRunning or another InstanceError; then nothing was submitted."""
+        name = resolved.config.name
+        with self._instances.lock(name, "slurm"):
+            before = observe(self._instances, name, watch_of)
+            if before.state.alive:
+                raise AlreadyRunning(f"instance {name} runs already: it is {before.state}; see status")
+            log = self._instances.log_path(name)
+            logs.rotate(log)
+            # The first node's log is the instance's.
+            with contextlib.suppress(FileNotFoundError):
+                log.unlink()
+            log.symlink_to("node-0.log")
+            env = {k: v for k, v in self._env.items() if not k.startswith("ZIPHIUS_")}
+            if resolved.config.api_key is not None:
+                env["ZIPHIUS_API_KEY"] = resolved.config.api_key
+            (log.parent / "node-0.log").unlink(missing_ok=True)
+            job = slurm_jobs.submit(self.script(resolved, allocation), env)
+            record = Record(
+                name=name,
+                resolved=resolved,
+                pid=None,
+                identity="",
+                run_id=uuid.uuid4().hex,
+                hostname=socket.gethostname(),
+                argv=(),
+                started_at=time.time(),
+                version=importlib.metadata.version("ziphius"),
+                job=job,
+            )
+            try:
+                self._instances.write(record)
+            except InstanceError:
+                slurm_jobs.end(job, 0)
+                raise
+        return replace(observe(self._instances, name, watch_of), job=job)

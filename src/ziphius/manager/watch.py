@@ -1,0 +1,49 @@
+"""How a started engine is watched: what it says of itself, and why it ended; it starts and signals nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from ziphius.config import Resolved
+from ziphius.manager import logs
+from ziphius.manager.client import Answer, ask
+from ziphius.manager.sglang_watch import SglangWatch
+
+
+class Watch(Protocol):
+    """One start of one instance. Nothing here raises for what an engine does or fails to do."""
+
+    def ask(self, timeout_s: float) -> Answer:
+        """How it is now. It may take longer than `timeout_s` where the engine's health check does by design."""
+        ...
+
+    def last_words(self) -> str | None:
+        """Why it ended, as far as its log says, with what to do where that is known."""
+        ...
+
+
+WatchOf = Callable[[Resolved, Path], Watch]
+"""From what was started and its log file."""
+
+
+class NativeWatch:
+    """Ziphius' own server: GET /status says everything."""
+
+    def __init__(self, resolved: Resolved, log: Path) -> None:
+        self._config = resolved.config
+        self._log = log
+
+    def ask(self, timeout_s: float) -> Answer:
+        return ask(self._config.host, self._config.port, timeout_s)
+
+    def last_words(self) -> str | None:
+        return logs.last_error(self._log)
+
+
+_WATCHES: dict[str, WatchOf] = {"native": NativeWatch, "sglang": SglangWatch}
+
+
+def watch_of(resolved: Resolved, log: Path) -> Watch:
+    return _WATCHES[resolved.config.engine](resolved, log)

@@ -1,0 +1,269 @@
+"""DeepSeek-V2, V2-Lite, Coder-V2 and V2.5: latent attention and a mixture of experts (arXiv:2405.04434).
+
+Where transformers differs from DeepSeek's published modeling_deepseek.py, this follows the published model.
+Tensor names are the checkpoints'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ziphius.attention.backend import AttentionBackend, ProjectedTokens
+from ziphius.attention.batch import ForwardBatch
+from ziphius.distributed import ParallelState
+from ziphius.errors import UnsupportedModel
+from ziphius.kernels.routing_reference import select_experts
+from ziphius.kv_cache.kv_pool import KVPool, LatentCache
+from ziphius.layers.context import LayerContext
+from ziphius.layers.layer import CheckpointTensor, Layer, Shard
+from ziphius.layers.linear import (
+    ColumnParallelLinear,
+    Linear,
+    ParallelLMHead,
+    PartlyParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from ziphius.layers.mlp import GatedMLP
+from ziphius.layers.moe import RoutedExperts
+from ziphius.layers.norm import RMSNorm
+from ziphius.layers.quantization import LinearFormat
+from ziphius.layers.rotary import RotaryEmbedding, yarn_softmax_scale
+from ziphius.layers.select import make_ops
+from ziphius.models.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
+
+LATENT_NORM_EPS = 1e-6
+"""Of q_a_layernorm and kv_a_layernorm: the published model leaves them at this, whatever rms_norm_eps is."""
+
+
+class LatentExpansion(Layer):
+    """kv_b_proj, cut by heads into its key half and its value half. It stays float: decoding absorbs it."""
+
+    def __init__(self, heads: int, mla: MLAConfig, context: LayerContext) -> None:
+        local = context.parallel.shard(heads, "num_attention_heads")
+        rows = mla.qk_nope_head_dim + mla.v_head_dim
+        self._shape = (heads * rows, mla.kv_lora_rank)
+        self._shard = Shard(0, context.parallel.rank * local * rows, local * rows)
+        sizes = (local, mla.qk_nope_head_dim, mla.kv_lora_rank)
+        self.w_uk = torch.empty(sizes, dtype=context.dtype, device=context.device)
+        sizes = (local, mla.kv_lora_rank, mla.v_head_dim)
+        self.w_uv = torch.empty(sizes, dtype=context.dtype, device=context.device)
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        yield CheckpointTensor(f"{name}.weight", self._shape, self._shard, self._load)
+
+    def _load(self, weight: Tensor) -> None:
+        heads, nope = self.w_uk.shape[:2]
+        by_head = weight.view(heads, -1, weight.shape[1])
+        self.w_uk.copy_(by_head[:, :nope])
+        self.w_uv.copy_(by_head[:, nope:].transpose(1, 2))
+
+
+class LatentProjection(Layer):
+    """x -> (query input, latent, shared rotary key), in one product: what every head starts from.
+
+    Where queries are not compressed (q_lora_rank null) they are in the same product, this rank's heads of them.
+    """
+
+    def __init__(self, config: ModelConfig, mla: MLAConfig, context: LayerContext) -> None:
+        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+        self.q_norm = None if mla.q_lora_rank is None else RMSNorm(mla.q_lora_rank, LATENT_NORM_EPS, context)
+        self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_NORM_EPS, context)
+        queries = context.parallel.shard(heads, "num_attention_heads") * mla.qk_head_dim
+        self._sizes = [mla.q_lora_rank or queries, mla.kv_lora_rank, mla.qk_rope_head_dim]
+        self.q_proj: ColumnParallelLinear | None = None
+        self.projection: Linear
+        if mla.q_lora_rank is not None:
+            self.projection = ReplicatedLinear(hidden, [mla.q_lora_rank, mla.latent_dim], context, bias=bias)
+            self.q_proj = ColumnParallelLinear(mla.q_lora_rank, heads * mla.qk_head_dim, context)
+        elif bias:
+            raise UnsupportedModel("attention_bias with q_lora_rank null is not supported")
+        else:
+            self.projection = PartlyParallelLinear(hidden, heads * mla.qk_head_dim, [mla.latent_dim], context)
+
+    def __call__(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, hidden] -> queries [T, heads * qk_head_dim], latent [T, lora], key [T, rope]; not normed, not rotated."""
+        q, latent, k_pe = self.projection.after_norm(x, norm).split_with_sizes(self._sizes, dim=-1)
+        if self.q_proj is not None and self.q_norm is not None:
+            q = self.q_proj.after_norm(q, self.q_norm)
+        return q, latent, k_pe
+
+    @property
+    def reads(self) -> tuple[Tensor, ...]:
+        """See LinearWeight.reads."""
+        return self.projection.weight.reads + (() if self.q_proj is None else self.q_proj.weight.reads)
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        q = "q_proj" if self.q_proj is None else "q_a_proj"
+        yield from self.projection.checkpoint_tensors(f"{name}.{q}", f"{name}.kv_a_proj_with_mqa")
+        yield from self.kv_norm.checkpoint_tensors(f"{name}.kv_a_layernorm")
+        if self.q_proj is not None and self.q_norm is not None:
+            yield from self.q_norm.checkpoint_tensors(f"{name}.q_a_layernorm")
+            yield from self.q_proj.checkpoint_tensors(f"{name}.q_b_proj")
+
+
+class DeepseekV2Attention(Layer):
+    """Multi-head latent attention."""
+
+    def __init__(self, config: ModelConfig, mla: MLAConfig, context: LayerContext) -> None:
+        heads = config.num_attention_heads
+        self._mla = mla
+        self._ops = context.ops
+        self._scale = mla.qk_head_dim**-0.5
+        if isinstance(config.rope_scaling, YarnConfig):
+            self._scale *= yarn_softmax_scale(config.rope_scaling)
+        self.latent = LatentProjection(config, mla, context)
+        self.kv_b_proj = LatentExpansion(heads, mla, context)
+        self.o_proj = RowParallelLinear(heads * mla.v_head_dim, config.hidden_size, context, bias=config.attention_bias)
+
+    def __call__(
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        angles: tuple[Tensor, Tensor],
+        cache: LatentCache,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+    ) -> Tensor:
+        """x [T, hidden] -> x + attention of norm(x), [T, hidden]."""
+        q, latent, k_pe = self.latent(x, norm)
+        q = q.view(x.shape[0], -1, self._mla.qk_head_dim)
+        kv_b = self.kv_b_proj
+        projected = ProjectedTokens(
+            q, latent, k_pe, self.latent.kv_norm, angles, kv_b.w_uk, kv_b.w_uv, self.o_proj.weight.reads
+        )
+        out = attention.attend_projected(projected, cache, batch, self._scale, self._ops)
+        return self.o_proj.onto(out.flatten(1), x)
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        yield from self.latent.checkpoint_tensors(name)
+        yield from self.kv_b_proj.checkpoint_tensors(f"{name}.kv_b_proj")
+        yield from self.o_proj.checkpoint_tensors(f"{name}.o_proj")
+
+
+class DeepseekV2MoE(Layer):
+    """Routed experts chosen by a gate, beside shared experts that every token passes."""
+
+    def __init__(self, hidden_size: int, moe: MoEConfig, context: LayerContext) -> None:
+        self._moe = moe
+        self._parallel = context.parallel
+        self._ops = context.ops
+        shape = (moe.n_routed_experts, hidden_size)
+        self.gate = torch.empty(shape, dtype=context.dtype, device=context.device)
+        self.experts = RoutedExperts(hidden_size, moe, context)
+        width = moe.shared_intermediate_size
+        self.shared_experts = GatedMLP(hidden_size, width, context, reduce=False) if width else None
+
+    def onto(self, x: Tensor, norm: RMSNorm, next_reads: tuple[Tensor, ...] = ()) -> Tensor:
+        """x [T, hidden] -> x + the mixture for norm(x), [T, hidden]."""
+        whole = self._ops.mixture(
+            x, norm, self.gate, self.experts, self.shared_experts, self._moe, self._parallel, next_reads
+        )
+        return x + self(norm(x)) if whole is None else whole
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        # In float32, as published: a near tie between experts must not be decided by rounding.
+        weights, ids = select_experts(x.float() @ self.gate.float().t(), self._moe)
+        out = self.experts(x, weights, ids)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return self._parallel.all_reduce(out)
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        yield CheckpointTensor(f"{name}.gate.weight", tuple(self.gate.shape), None, self._load_gate)
+        yield from self.experts.checkpoint_tensors(f"{name}.experts")
+        if self.shared_experts is not None:
+            yield from self.shared_experts.checkpoint_tensors(f"{name}.shared_experts")
+
+    def _load_gate(self, weight: Tensor) -> None:
+        self.gate.copy_(weight)
+
+
+class DeepseekV2Layer(Layer):
+    """Attention and MLP or experts, each behind a norm, each added to the residual sum."""
+
+    def __init__(self, config: ModelConfig, mla: MLAConfig, layer_id: int, context: LayerContext) -> None:
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps, context)
+        self.self_attn = DeepseekV2Attention(config, mla, context)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, context)
+        self.mlp: DeepseekV2MoE | GatedMLP
+        if config.moe is not None and config.is_moe_layer(layer_id):
+            self.mlp = DeepseekV2MoE(hidden, config.moe, context)
+        else:
+            self.mlp = GatedMLP(hidden, config.intermediate_size, context, bias=config.mlp_bias)
+
+    def __call__(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: LatentCache,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+        next_reads: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """The residual stream [T, hidden] -> the same after this layer.
+
+        `next_reads`: what comes after this layer reads that first; it may be brought into a cache meanwhile.
+        """
+        x = self.self_attn(x, self.input_layernorm, angles, cache, batch, attention)
+        if isinstance(self.mlp, DeepseekV2MoE):
+            return self.mlp.onto(x, self.post_attention_layernorm, next_reads)
+        return self.mlp.onto(x, self.post_attention_layernorm)
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        yield from self.input_layernorm.checkpoint_tensors(f"{name}.input_layernorm")
+        yield from self.self_attn.checkpoint_tensors(f"{name}.self_attn")
+        yield from self.post_attention_layernorm.checkpoint_tensors(f"{name}.post_attention_layernorm")
+        yield from self.mlp.checkpoint_tensors(f"{name}.mlp")
+
+
+class DeepseekV2ForCausalLM(Layer):
+    """A CausalLM."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelState,
+        linear_format: LinearFormat,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        mla = config.mla
+        if mla is None:
+            raise UnsupportedModel("DeepseekV2ForCausalLM needs latent attention: kv_lora_rank is missing")
+        context = LayerContext(parallel, linear_format, make_ops(device, linear_format.batch_invariant), dtype, device)
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
+        self.layers = [DeepseekV2Layer(config, mla, i, context) for i in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.lm_head = ParallelLMHead(self.embed_tokens, config.tie_word_embeddings, context)
+        self._rotary = RotaryEmbedding(mla.qk_rope_head_dim, config.rope_theta, config.rope_scaling, device)
+
+    def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
+        """See CausalLM."""
+        x = self.embed_tokens(batch.input_ids)
+        angles = self._rotary(batch.positions)
+        following = [layer.self_attn.latent.reads for layer in self.layers[1:]] + [()]
+        for layer, cache, next_reads in zip(self.layers, pool.latent, following, strict=True):
+            x = layer(x, angles, cache, batch, attention, next_reads)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See CausalLM."""
+        return self.lm_head(hidden)
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        """See CausalLM."""
+        yield from self.embed_tokens.checkpoint_tensors("model.embed_tokens")
+        for i, layer in enumerate(self.layers):
+            yield from layer.checkpoint_tensors(f"model.layers.{i}")
+        yield from self.norm.checkpoint_tensors("model.norm")
+        yield from self.lm_head.checkpoint_tensors(
+            "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        )

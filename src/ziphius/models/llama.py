@@ -1,0 +1,142 @@
+"""Llama-shaped models: grouped-query attention and a SwiGLU MLP, under Hugging Face's tensor names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ziphius.attention.backend import AttentionBackend
+from ziphius.attention.batch import ForwardBatch
+from ziphius.distributed import ParallelState
+from ziphius.kv_cache.kv_pool import KVCache, KVPool
+from ziphius.layers.context import LayerContext
+from ziphius.layers.layer import CheckpointTensor, Layer
+from ziphius.layers.linear import ParallelLMHead, QKVParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from ziphius.layers.mlp import GatedMLP
+from ziphius.layers.norm import RMSNorm
+from ziphius.layers.quantization import LinearFormat
+from ziphius.layers.rotary import RotaryEmbedding
+from ziphius.layers.select import make_ops
+from ziphius.models.config import ModelConfig
+from ziphius.models.llama_cpu import LlamaLayerParts, llama_on_cpu
+
+
+class LlamaAttention(Layer):
+    """Grouped-query attention; each rank has an equal share of the heads."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        bias = config.attention_bias
+        self.qkv_proj = QKVParallelLinear(hidden, heads, config.num_key_value_heads, head_dim, context, bias=bias)
+        self.o_proj = RowParallelLinear(heads * head_dim, hidden, context, bias=bias)
+        self._ops = context.ops
+        self._scale = head_dim**-0.5
+
+    def __call__(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+    ) -> Tensor:
+        """x [T, hidden], normed -> [T, hidden]."""
+        qk, v = self.qkv_proj.split(self.qkv_proj(x))
+        q, k = self.qkv_proj.split_qk(self._ops.rotate(qk, *angles, interleaved=False))
+        out = attention.attend(q, k, v, cache, batch, self._scale)
+        return self.o_proj(out.flatten(1))
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        yield from self.qkv_proj.checkpoint_tensors(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
+        yield from self.o_proj.checkpoint_tensors(f"{name}.o_proj")
+
+
+class LlamaLayer(Layer):
+    """Attention and MLP, each behind a norm, each added to the residual sum."""
+
+    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps, context)
+        self.self_attn = LlamaAttention(config, context)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, context)
+        self.mlp = GatedMLP(hidden, config.intermediate_size, context, bias=config.mlp_bias)
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+    ) -> tuple[Tensor, Tensor]:
+        """The last layer's output x and the sum of all before, each [T, hidden] -> the same after this layer."""
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, angles, cache, batch, attention)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+    def parts(self) -> LlamaLayerParts:
+        """For a body that computes the whole layer at once."""
+        attention, mlp = self.self_attn, self.mlp
+        return LlamaLayerParts(
+            self.input_layernorm,
+            attention.qkv_proj,
+            attention.o_proj,
+            self.post_attention_layernorm,
+            mlp.gate_up_proj,
+            mlp.down_proj,
+        )
+
+    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
+        yield from self.input_layernorm.checkpoint_tensors(f"{name}.input_layernorm")
+        yield from self.self_attn.checkpoint_tensors(f"{name}.self_attn")
+        yield from self.post_attention_layernorm.checkpoint_tensors(f"{name}.post_attention_layernorm")
+        yield from self.mlp.checkpoint_tensors(f"{name}.mlp")
+
+
+class LlamaForCausalLM(Layer):
+    """A CausalLM. The head may be tied to the embedding."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelState,
+        linear_format: LinearFormat,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        context = LayerContext(parallel, linear_format, make_ops(device, linear_format.batch_invariant), dtype, device)
+        self.config = config
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
+        self.layers = [LlamaLayer(config, context) for _ in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
+        self.lm_head = ParallelLMHead(self.embed_tokens, config.tie_word_embeddings, context)
+        self._rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
+        self.on_cpu = llama_on_cpu([layer.parts() for layer in self.layers], self.norm, config, context)
+
+    def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
+        """See CausalLM."""
+        x, residual = self.embed_tokens(batch.input_ids), None
+        angles = self._rotary(batch.positions)
+        if self.on_cpu is not None and self.on_cpu.takes(pool):
+            return self.on_cpu(x, angles, batch)
+        for layer, cache in zip(self.layers, pool.kv, strict=True):
+            x, residual = layer(x, residual, angles, cache, batch, attention)
+        return self.norm.add(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See CausalLM."""
+        return self.lm_head(hidden)
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        """See CausalLM."""
+        yield from self.embed_tokens.checkpoint_tensors("model.embed_tokens")
+        for i, layer in enumerate(self.layers):
+            yield from layer.checkpoint_tensors(f"model.layers.{i}")
+        yield from self.norm.checkpoint_tensors("model.norm")
+        yield from self.lm_head.checkpoint_tensors(
+            "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        )

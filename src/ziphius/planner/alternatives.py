@@ -1,0 +1,91 @@
+"""The nearest changes after which a model fits: fewer bits, another size, more GPUs, a shorter context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from ziphius.planner.commands import command_for, shortened
+from ziphius.planner.evaluate import Question, evaluate
+from ziphius.planner.hardware import describe, emptied
+from ziphius.planner.plan import Alternative, Candidate
+
+_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
+
+
+def alternatives_for(
+    question: Question, asked: Sequence[Candidate], every: Sequence[Candidate]
+) -> tuple[Alternative, ...]:
+    """At most one of each kind, the smallest change first. `asked`: what was evaluated on request; `every`: all."""
+    return tuple(a for a in _search(question, asked, every) if a is not None)
+
+
+def _search(question: Question, asked: Sequence[Candidate], every: Sequence[Candidate]) -> Iterable[Alternative | None]:
+    request = question.request
+    bits = max((_BITS[c.weights_format] for c in asked), default=16)
+    same_size = [c for c in every if request.tp in (None, c.tp)]
+    same_format = [c for c in every if request.weights_format in (None, c.weights_format)]
+
+    def here(c: Candidate) -> bool:
+        return c.verdict == "fits" and not c.missing_gpus
+
+    yield _of(question, "shorter context", asked, lambda c: c.verdict == "short" and not c.missing_gpus)
+    resized = None
+    if request.tp is not None:
+        resized = _of(question, "another size", same_format, lambda c: here(c) and c.tp != request.tp)
+        yield resized
+    fewer = _of(question, "fewer bits", same_size, lambda c: here(c) and _BITS[c.weights_format] < bits)
+    yield fewer
+    if request.tp is not None and resized is None and fewer is None:
+        yield _of(question, "fewer bits and another size", every, lambda c: here(c) and _BITS[c.weights_format] < bits)
+    freed = _freed(question, asked)
+    yield freed
+    if resized is None and freed is None:
+        yield _of(question, "more GPUs", same_format, lambda c: c.verdict == "fits" and c.missing_gpus > 0)
+
+
+def _freed(question: Question, asked: Sequence[Candidate]) -> Alternative | None:
+    """What would fit if nobody else used the GPUs."""
+    empty = emptied(question.host)
+    if empty == question.host:
+        return None
+    alone = replace(question, host=empty)
+    retried = [evaluate(alone, c.device, c.engine, c.tp, c.weights_format) for c in asked if c.verdict != "invalid"]
+    found = _of(alone, "free memory", retried, lambda c: c.verdict == "fits" and not c.missing_gpus)
+    if found is None:
+        return None
+    busy = [g for g, idle in zip(question.host.gpus, empty.gpus, strict=True) if g != idle]
+    owners = sorted({f"{p.name} (pid {p.pid})" for g in busy for p in g.processes})
+    who = f", held by {', '.join(owners)}" if owners else ""
+    numbers = " and ".join(f"GPU {g.index}" for g in busy)
+    return Alternative("free memory", f"on {numbers}{who}; then {found.detail}")
+
+
+def _of(
+    question: Question, change: str, candidates: Iterable[Candidate], accepts: Callable[[Candidate], bool]
+) -> Alternative | None:
+    """The best accepted candidate as an alternative: one that runs before one that does not, then most bits."""
+    accepted = [c for c in candidates if accepts(c)]
+    if not accepted:
+        return None
+
+    def order(c: Candidate) -> tuple[int, ...]:
+        return (c.missing_gpus, not c.runs, -_BITS[c.weights_format], c.engine != "native", c.tp)
+
+    if change == "more GPUs":
+        best = min(accepted, key=lambda c: (-_BITS[c.weights_format], c.missing_gpus, c.not_yet is not None, c.engine))
+    else:
+        best = min(accepted, key=order)
+    return Alternative(change, _detail(question, change, best), command_for(question, best) if best.runs else None)
+
+
+def _detail(question: Question, change: str, best: Candidate) -> str:
+    what = f"{best.engine}, TP {best.tp}, {best.weights_format}"
+    if change == "shorter context":
+        what = f"--context-length {shortened(best.kv_tokens)} ({what})"
+    if best.missing_gpus:
+        have = describe(question.host)
+        plural = "s" if best.missing_gpus > 1 else ""
+        what = f"{best.missing_gpus} more GPU{plural} beside {have} ({what})"
+    not_yet = f" ({best.not_yet})" if best.not_yet and not best.missing_gpus else ""
+    return f"{what}: {best.reason}{not_yet}"

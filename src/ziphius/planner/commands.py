@@ -1,0 +1,91 @@
+"""The exact command for a candidate: native through `ziphius start`, SGLang through its own server; runs nothing."""
+
+from __future__ import annotations
+
+import shlex
+
+from ziphius.planner.evaluate import Question
+from ziphius.planner.plan import Candidate, PlanRequest
+
+_DEFAULTS = PlanRequest()
+_WHOLE = 1024
+
+
+def shortened(kv_tokens: int) -> int:
+    """A context length to ask for where the cache holds `kv_tokens`: whole thousands (of 1024), where there are."""
+    return kv_tokens // _WHOLE * _WHOLE or kv_tokens
+
+
+def command_for(question: Question, candidate: Candidate) -> str:
+    """One line for a shell."""
+    if candidate.engine == "sglang" and not question.able.launches_sglang:
+        words = _sglang_server(question, candidate)
+    else:
+        words = _ziphius_start(question, candidate)
+    return _environment(question, candidate) + shlex.join(words)
+
+
+def _environment(question: Question, candidate: Candidate) -> str:
+    """CUDA_VISIBLE_DEVICES where the GPUs to use are not the first ones, which an engine would take."""
+    gpus = question.host.gpus
+    first = tuple(g.index for g in gpus[: candidate.tp])
+    if candidate.device == "cpu" or candidate.gpus == first or any(g.mig for g in gpus):
+        return ""
+    return f"CUDA_VISIBLE_DEVICES={','.join(map(str, candidate.gpus))} "
+
+
+def _model(question: Question) -> str:
+    source = question.source
+    if source.origin == "config.json" and source.path is not None:
+        return str(source.path)
+    if source.origin == "hub cache" and source.has_weights and not question.able.fetches_from_hub:
+        return str(source.path)
+    return source.given
+
+
+def _context(question: Question, candidate: Candidate) -> list[str]:
+    if candidate.verdict == "short":
+        return ["--context-length", str(shortened(candidate.kv_tokens))]
+    asked = question.request.context_length
+    return [] if asked is None else ["--context-length", str(asked)]
+
+
+def _ziphius_start(question: Question, candidate: Candidate) -> list[str]:
+    request = question.request
+    words = ["ziphius", "start", "--model", _model(question)]
+    if candidate.engine == "sglang":
+        words += ["--engine", "sglang"]
+    if candidate.device == "cpu" and question.host.gpus:
+        words += ["--device", "cpu"]
+    if candidate.tp > 1:
+        words += ["--tp", str(candidate.tp)]
+    if request.dtype is not None:
+        words += ["--dtype", request.dtype]
+    default = "bf16" if candidate.device == "cuda" else "int8"
+    if candidate.weights_format != default or request.dtype is not None:
+        words += ["--weights-format", candidate.weights_format]
+    words += _context(question, candidate)
+    fraction = request.mem_fraction if candidate.engine == "native" else candidate.mem_fraction
+    if fraction is not None:
+        words += ["--mem-fraction", f"{fraction:g}"]
+    for option in ("max_running_requests", "max_total_tokens", "page_size", "chunked_prefill_size"):
+        value = getattr(request, option)
+        if value != getattr(_DEFAULTS, option):
+            words += ["--" + option.replace("_", "-"), str(value)]
+    return words
+
+
+def _sglang_server(question: Question, candidate: Candidate) -> list[str]:
+    words = ["python3", "-m", "sglang.launch_server", "--model-path", _model(question)]
+    if candidate.tp > 1:
+        words += ["--tp", str(candidate.tp)]
+    if candidate.weights_format == "fp8" and question.source.quantization is None:
+        words += ["--quantization", "fp8"]
+    if candidate.mem_fraction is not None:
+        words += ["--mem-fraction-static", f"{candidate.mem_fraction:g}"]
+    words += _context(question, candidate)
+    if question.request.max_total_tokens is not None:
+        words += ["--max-total-tokens", str(question.request.max_total_tokens)]
+    if question.config.mla is not None:
+        words.append("--trust-remote-code")
+    return words

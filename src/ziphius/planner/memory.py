@@ -1,0 +1,375 @@
+"""The one memory formula: bytes of weights and cache on a rank, and how large the pool may be; no torch, no I/O.
+
+The planner, the check at start and the engine's pool sizing all call it, so a start can compare
+what was predicted with what was measured. All sizes are bytes of one tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ziphius.errors import DoesNotFit
+from ziphius.models.config import MLAConfig, ModelConfig, MoEConfig
+
+GIB = 1 << 30
+MIB = 1 << 20
+GROUP = 128
+"""Side of an fp8 block, and length of an int4 group along the input."""
+CPU_SHARE = 0.25
+"""Of the memory left after loading, what the pool on a CPU may take unless --mem-fraction says otherwise."""
+CPU_KEEP_FREE = 0.10
+"""Of the memory left after loading, what stays free even where one context needs more than its share."""
+CUDA_WORKSPACE = 2 * GIB
+"""CUDA graphs, matrix library workspaces and the allocator's rounding: an allowance, not a measurement."""
+CUDA_CONTEXT = 730 * MIB
+"""What a process loses on a GPU to its CUDA context and libraries before it loads a model (727 on an H200)."""
+NCCL_BUFFERS = 512 * MIB
+"""And, with several ranks, to NCCL: an allowance."""
+CPU_PROCESS = 512 * MIB
+"""Main memory of a rank's process without weights and cache: interpreter, torch, buffers."""
+
+WeightsFormat = Literal["fp32", "bf16", "fp16", "int8", "fp8", "int4"]
+Part = Literal[
+    "routed_experts",
+    "shared_experts",
+    "attention_sharded",
+    "attention_replicated",
+    "dense",
+    "router",
+    "embedding",
+    "head",
+    "norms",
+]
+Kind = Literal["linear", "expert", "latent_up", "float", "tied_head"]
+
+_FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Equal parameters of one rank: `copies` matrices [out_features, in_features] that a format treats alike.
+
+    kind `linear`: any projection; `expert`: a routed expert's; `latent_up`: MLA's kv_b; `float`: always in the
+    dtype (embedding, router, norms: in_features 1); `tied_head`: no parameter, but int8 holds a copy.
+    """
+
+    part: Part
+    kind: Kind
+    out_features: int
+    in_features: int
+    copies: int = 1
+    bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        if self.kind == "tied_head":
+            return 0
+        return self.copies * self.out_features * (self.in_features + self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """Bytes of one rank's weights by part."""
+
+    routed_experts: int = 0
+    shared_experts: int = 0
+    attention_sharded: int = 0
+    attention_replicated: int = 0
+    """MLA's q_a and kv_a (each rank holds them whole), and a Llama's k and v heads beyond one copy."""
+    dense: int = 0
+    router: int = 0
+    embedding: int = 0
+    head: int = 0
+    norms: int = 0
+
+    @property
+    def attention(self) -> int:
+        return self.attention_sharded + self.attention_replicated
+
+    @property
+    def total(self) -> int:
+        return sum(int(getattr(self, f.name)) for f in fields(self))
+
+
+def heads_of_rank(heads: int, tp: int) -> int:
+    """Key/value heads that a rank holds: an equal share, or one (replicated) when there are fewer than ranks."""
+    return max(1, heads // tp)
+
+
+def matrices(config: ModelConfig, tp: int = 1) -> Iterator[Matrix]:
+    """One rank's parameters. `tp` must divide what it shards (planner/validity.py says whether it does)."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    moe_layers = sum(config.is_moe_layer(i) for i in range(layers))
+    yield Matrix("embedding", "float", config.vocab_size // tp, hidden)
+    yield Matrix("head", "tied_head" if config.tie_word_embeddings else "linear", config.vocab_size // tp, hidden)
+    yield Matrix("norms", "float", hidden * (2 * layers + 1), 1)
+    if config.mla is not None:
+        yield from _mla(config, config.mla, tp)
+    else:
+        yield from _gqa(config, tp)
+    yield from _mlp("dense", config, config.intermediate_size // tp, layers - moe_layers)
+    if config.moe is not None:
+        yield from _moe(config, config.moe, tp, moe_layers)
+
+
+def _gqa(config: ModelConfig, tp: int) -> Iterator[Matrix]:
+    hidden, layers, bias = config.hidden_size, config.num_hidden_layers, config.attention_bias
+    heads, kv_heads = config.num_attention_heads // tp, heads_of_rank(config.num_key_value_heads, tp)
+    kv_part: Part = "attention_sharded" if config.num_key_value_heads >= tp else "attention_replicated"
+    yield Matrix("attention_sharded", "linear", heads * config.head_dim, hidden, layers, bias)
+    yield Matrix(kv_part, "linear", kv_heads * config.head_dim, hidden, 2 * layers, bias)
+    yield Matrix("attention_sharded", "linear", hidden, heads * config.head_dim, layers, bias)
+
+
+def _mla(config: ModelConfig, mla: MLAConfig, tp: int) -> Iterator[Matrix]:
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads // tp
+    bias = config.attention_bias
+    q_input = hidden
+    if mla.q_lora_rank is not None:
+        yield Matrix("attention_replicated", "linear", mla.q_lora_rank, hidden, layers, bias)
+        yield Matrix("norms", "float", mla.q_lora_rank * layers, 1)
+        q_input = mla.q_lora_rank
+    yield Matrix("attention_sharded", "linear", heads * mla.qk_head_dim, q_input, layers)
+    yield Matrix("attention_replicated", "linear", mla.latent_dim, hidden, layers, bias)
+    yield Matrix("norms", "float", mla.kv_lora_rank * layers, 1)
+    kv_b_rows = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    yield Matrix("attention_sharded", "latent_up", kv_b_rows, mla.kv_lora_rank, layers)
+    yield Matrix("attention_sharded", "linear", hidden, heads * mla.v_head_dim, layers, bias)
+
+
+def _mlp(part: Part, config: ModelConfig, width: int, copies: int, kind: Kind = "linear") -> Iterator[Matrix]:
+    bias = config.mlp_bias and part == "dense"
+    if copies and width:
+        yield Matrix(part, kind, width, config.hidden_size, 2 * copies, bias)
+        yield Matrix(part, kind, config.hidden_size, width, copies, bias)
+
+
+def _moe(config: ModelConfig, moe: MoEConfig, tp: int, layers: int) -> Iterator[Matrix]:
+    yield Matrix("router", "float", moe.n_routed_experts, config.hidden_size, layers)
+    experts = layers * moe.n_routed_experts
+    yield from _mlp("routed_experts", config, moe.moe_intermediate_size // tp, experts, "expert")
+    yield from _mlp("shared_experts", config, moe.shared_intermediate_size // tp, layers)
+
+
+def matrix_bytes(matrix: Matrix, weights_format: WeightsFormat, float_bytes: int) -> int:
+    """Bytes that `matrix` takes in a format; `float_bytes` is the size of a value of what stays in the dtype.
+
+    fp32, bf16, fp16: linears in that type; embedding, router, norms and MLA's kv_b (which decoding absorbs) in
+    the dtype. int8: one byte a weight and a float32 scale an output channel. fp8: one byte a weight and a float32
+    scale a 128 x 128 block, kv_b too, as DeepSeek-V3's checkpoints have it; embedding, head, router and norms stay.
+    int4: routed experts in groups of 128 along the input with a bf16 scale (4.125 bits); the rest as in fp8.
+    """
+    rows, columns, copies = matrix.out_features, matrix.in_features, matrix.copies
+    stored = _stored_as(matrix, weights_format)
+    if stored == "dtype":
+        return matrix.parameters * float_bytes
+    bias_bytes = copies * rows * float_bytes if matrix.bias else 0
+    if stored == "float":
+        size = _FLOAT_BYTES[weights_format]
+        if matrix.kind == "tied_head" and size == float_bytes:
+            return 0  # it is the embedding's own memory
+        return copies * rows * columns * size + bias_bytes
+    if stored == "int8":
+        return copies * rows * (columns + 4) + bias_bytes
+    if stored == "int4":
+        return copies * rows * (columns // 2 + _blocks(columns) * 2) + bias_bytes
+    return copies * (rows * columns + _blocks(rows) * _blocks(columns) * 4) + bias_bytes
+
+
+def _stored_as(matrix: Matrix, weights_format: WeightsFormat) -> Literal["dtype", "float", "int8", "fp8", "int4"]:
+    kind = matrix.kind
+    if kind == "float":
+        return "dtype"
+    if weights_format in _FLOAT_BYTES:
+        return "dtype" if kind == "latent_up" else "float"
+    if weights_format == "int8":
+        return "dtype" if kind == "latent_up" else "int8"
+    if matrix.part == "head":
+        return "dtype"
+    return "int4" if weights_format == "int4" and kind == "expert" else "fp8"
+
+
+def _blocks(size: int) -> int:
+    return -(-size // GROUP)
+
+
+def default_float_bytes(weights_format: WeightsFormat) -> int:
+    """Size of an unquantized value: int8 is the CPU's format, whose floats are float32; the others' are 16 bits."""
+    return 4 if weights_format in ("fp32", "int8") else 2
+
+
+def weight_bytes(
+    config: ModelConfig, tp: int, weights_format: WeightsFormat, *, float_bytes: int | None = None
+) -> WeightBytes:
+    """Bytes of one rank's weights. `float_bytes`: size of a value in the dtype (default: what the format implies)."""
+    float_bytes = default_float_bytes(weights_format) if float_bytes is None else float_bytes
+    parts: dict[str, int] = {}
+    for matrix in matrices(config, tp):
+        parts[matrix.part] = parts.get(matrix.part, 0) + matrix_bytes(matrix, weights_format, float_bytes)
+    return WeightBytes(**parts)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole model (a tied head counts once)."""
+    return sum(m.parameters for m in matrices(config))
+
+
+def kv_values_per_token(config: ModelConfig, tp: int) -> int:
+    """Cache values of one token on one rank: MLA's latent is replicated, a Llama's heads are shared out."""
+    if config.mla is not None:
+        return config.kv_values_per_token
+    return config.num_hidden_layers * 2 * heads_of_rank(config.num_key_value_heads, tp) * config.head_dim
+
+
+def kv_bytes_per_token(config: ModelConfig, tp: int, dtype: str) -> int:
+    """Cache bytes of one token on one rank; `dtype` is float32, bfloat16 or float16."""
+    return kv_values_per_token(config, tp) * DTYPE_BYTES[dtype]
+
+
+def activation_bytes(config: ModelConfig, tp: int, *, tokens: int, rows: int, dtype: str) -> int:
+    """Allowance for one step's activations: `tokens` through the widest layer, `rows` rows of logits in float32.
+
+    Counted as if everything of one layer lived at once, which no step does: an upper bound for the
+    layer, standing in for what the allocator keeps of earlier layers.
+    """
+    heads = config.num_attention_heads // tp
+    if config.mla is not None:
+        attention = heads * (2 * config.mla.qk_head_dim + 2 * config.mla.latent_dim + 2 * config.mla.v_head_dim)
+    else:
+        attention = (2 * heads + 2 * heads_of_rank(config.num_key_value_heads, tp)) * config.head_dim
+    mlp = 3 * config.intermediate_size // tp
+    if config.moe is not None:
+        width = config.moe.moe_intermediate_size // tp
+        experts = config.moe.num_experts_per_tok * (2 * config.hidden_size + 3 * width)
+        mlp = max(mlp, experts + 3 * config.moe.shared_intermediate_size // tp)
+    values = 4 * config.hidden_size + attention + mlp
+    return tokens * values * DTYPE_BYTES[dtype] + 3 * rows * config.vocab_size * 4
+
+
+def cuda_reserve(config: ModelConfig, tp: int, *, tokens: int, rows: int, dtype: str) -> int:
+    """What the native engine leaves free on a GPU beside weights and pool: activations and workspaces."""
+    return CUDA_WORKSPACE + activation_bytes(config, tp, tokens=tokens, rows=rows, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLimits:
+    """What the size of a KV pool depends on, besides the model."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: str
+    context_length: int
+    max_running_requests: int
+    page_size: int
+    free_bytes: int
+    """After the weights are loaded. CPU: memory available on the host (psutil's `available`); CUDA: free on the GPU."""
+    free_before_bytes: int = 0
+    """CUDA: free on the GPU before the weights were loaded. Needed with `mem_fraction`."""
+    reserve_bytes: int = 0
+    """CUDA without `mem_fraction`: what must stay free (`cuda_reserve`)."""
+    mem_fraction: float | None = None
+    max_total_tokens: int | None = None
+    ranks_on_host: int = 1
+    """CPU: ranks that share `free_bytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSize:
+    """A KV pool on one rank. `tokens` is a multiple of the page size."""
+
+    tokens: int
+    bytes_per_token: int
+    limited_by: Literal["requests", "memory", "option"]
+    """`requests`: every request can have its full context; `memory`: no room for more; `option`: max_total_tokens."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.bytes_per_token
+
+    def pages(self, page_size: int) -> int:
+        return self.tokens // page_size
+
+
+def kv_pool_tokens(config: ModelConfig, tp: int, limits: PoolLimits) -> PoolSize:
+    """How many tokens of KV cache one rank may hold; the engine and the planner both ask this.
+
+    CPU: max_running_requests full contexts, but not more than a share of what is available after the
+    weights (25%, or mem_fraction), yet at least one context where 90% of what is available holds it.
+    CUDA: everything but the reserve; with mem_fraction f, free_bytes - (1 - f) x free_before_bytes
+    (SGLang's meaning of the knob). `max_total_tokens` sets the size itself, within what is there.
+    DoesNotFit, with the numbers and what to do, when not even one context has room.
+    """
+    per_token = kv_bytes_per_token(config, tp, limits.dtype)
+    page = limits.page_size
+    most = pool_room(limits)
+    if limits.max_total_tokens is not None:
+        tokens = limits.max_total_tokens // page * page
+        if tokens * per_token > most or tokens <= 0:
+            raise DoesNotFit(_too_large(limits, per_token, most))
+        return PoolSize(tokens, per_token, "option")
+    one_context = _round_up(limits.context_length, page)
+    affordable = _unasked(limits, most) // per_token // page * page
+    if limits.device == "cpu":
+        wanted = one_context * limits.max_running_requests
+        if affordable >= wanted:
+            return PoolSize(wanted, per_token, "requests")
+        if affordable < one_context <= most // per_token:
+            affordable = one_context
+    if affordable < one_context:
+        raise DoesNotFit(_no_context(limits, per_token, most))
+    return PoolSize(affordable, per_token, "memory")
+
+
+def pool_room(limits: PoolLimits) -> int:
+    """Bytes that the pool of one rank may have at most, whatever is asked for."""
+    if limits.device == "cpu":
+        share = CPU_SHARE if limits.mem_fraction is None else limits.mem_fraction
+        room = limits.free_bytes // limits.ranks_on_host * max(share, 1 - CPU_KEEP_FREE)
+    elif limits.mem_fraction is None:
+        room = limits.free_bytes - limits.reserve_bytes
+    else:
+        room = limits.free_bytes - (1 - limits.mem_fraction) * limits.free_before_bytes
+    return max(0, int(room))
+
+
+def _unasked(limits: PoolLimits, most: int) -> int:
+    """Bytes that the pool takes of its own accord."""
+    if limits.device == "cuda":
+        return most
+    share = CPU_SHARE if limits.mem_fraction is None else limits.mem_fraction
+    return max(0, int(limits.free_bytes // limits.ranks_on_host * share))
+
+
+def _round_up(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size) * page_size
+
+
+def gib(nbytes: float) -> str:
+    """`1.23 GiB`; small sizes in MiB."""
+    return f"{nbytes / GIB:.2f} GiB" if abs(nbytes) >= GIB else f"{nbytes / MIB:.0f} MiB"
+
+
+def _no_context(limits: PoolLimits, per_token: int, room: int) -> str:
+    need = _round_up(limits.context_length, limits.page_size) * per_token
+    fits = room // per_token // limits.page_size * limits.page_size
+    shorter = f"use --context-length {fits} or less" if fits > 0 else "no context length fits"
+    more = ", raise --mem-fraction" if limits.device == "cuda" else ", free memory"
+    where = "host" if limits.device == "cpu" else "GPU"
+    return (
+        f"the KV cache of one context of {limits.context_length} tokens needs {gib(need)} "
+        f"({per_token} bytes a token), but {gib(room)} are there for it after the weights "
+        f"({gib(limits.free_bytes)} free on the {where}): {shorter}{more} or take a smaller weights format"
+    )
+
+
+def _too_large(limits: PoolLimits, per_token: int, room: int) -> str:
+    asked = limits.max_total_tokens or 0
+    if asked < limits.page_size:
+        return f"max_total_tokens {asked} is less than one page of {limits.page_size} tokens"
+    return (
+        f"a KV cache of {asked} tokens needs {gib(asked * per_token)} ({per_token} bytes a token), "
+        f"but {gib(max(0, room))} are there for it: lower --max-total-tokens to "
+        f"{max(0, room) // per_token // limits.page_size * limits.page_size} or less"
+    )

@@ -1,0 +1,121 @@
+"""Which tensor-parallel sizes a model allows, dimension by dimension, with the remainders; it counts no bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ziphius.errors import ConfigError
+from ziphius.models.config import ModelConfig
+from ziphius.planner.memory import GROUP, WeightsFormat
+
+Engine = Literal["native", "sglang"]
+SGLANG_VOCAB_PADDING = 64
+"""SGLang pads the vocabulary to a multiple of this before it is shared out."""
+LARGEST_TP = 128
+
+
+@dataclass(frozen=True, slots=True)
+class TpFailure:
+    """One dimension that a tensor-parallel size does not divide, or whose share breaks a quantization block."""
+
+    dimension: str
+    """Its name in config.json; several joined with ` x ` for a product."""
+    size: int
+    divisor: int
+    """tp, or 128 where the share of a rank must be a multiple of the block."""
+    remainder: int
+    message: str
+
+
+def tp_failures(config: ModelConfig, tp: int, weights_format: WeightsFormat, engine: Engine) -> tuple[TpFailure, ...]:
+    """Why `tp` ranks cannot share this model; () when they can.
+
+    Every rank takes an equal share of the vocabulary, the attention heads and each MLP's width (expert,
+    shared, dense). A Llama's key/value heads are shared out or, with more ranks than heads, replicated.
+    With 128-blocks (fp8) or groups of 128 (int4 experts) and tp > 1 every share must be whole blocks.
+    """
+    if tp == 1:
+        return ()
+    failures = list(_undivided(config, tp, engine))
+    if not failures and weights_format in ("fp8", "int4") and engine == "native":
+        failures = list(_broken_blocks(config, tp, weights_format))
+    return tuple(failures)
+
+
+def block_failures(config: ModelConfig, tp: int) -> tuple[TpFailure, ...]:
+    """Shares that break fp8's 128-blocks: for checkpoints that are quantized already, on any engine."""
+    return tuple(_broken_blocks(config, tp, "fp8")) if tp > 1 else ()
+
+
+def valid_tp_sizes(config: ModelConfig, weights_format: WeightsFormat, engine: Engine) -> tuple[int, ...]:
+    """Every size from 1 to 128 that divides the model."""
+    return tuple(tp for tp in range(1, LARGEST_TP + 1) if not tp_failures(config, tp, weights_format, engine))
+
+
+def require_tp(config: ModelConfig, tp: int, weights_format: WeightsFormat, engine: Engine = "native") -> None:
+    """ConfigError that names every dimension which `tp` ranks do not divide, and the nearest sizes that do."""
+    failures = tp_failures(config, tp, weights_format, engine)
+    if not failures:
+        return
+    sizes = valid_tp_sizes(config, weights_format, engine)
+    near = [max((s for s in sizes if s < tp), default=None), min((s for s in sizes if s > tp), default=None)]
+    nearest = " and ".join(str(size) for size in near if size is not None)
+    raise ConfigError(
+        f"{tp} ranks (--tp) cannot share this model: {'; '.join(f.message for f in failures)}. "
+        f"Nearest sizes that can: {nearest} (all: {', '.join(map(str, sizes))})",
+        param="tp",
+    )
+
+
+def _undivided(config: ModelConfig, tp: int, engine: Engine) -> Iterator[TpFailure]:
+    vocab = config.vocab_size
+    if engine == "sglang":
+        vocab = -(-vocab // SGLANG_VOCAB_PADDING) * SGLANG_VOCAB_PADDING
+    sizes = [("vocab_size", "vocabulary", vocab), ("num_attention_heads", "heads", config.num_attention_heads)]
+    sizes += _widths(config)
+    for dimension, label, size in sizes:
+        if size % tp:
+            text = f"{label} {size:,} = {tp} x {size // tp:,} + {size % tp}"
+            yield TpFailure(dimension, size, tp, size % tp, text)
+    kv_heads = config.num_key_value_heads
+    if config.mla is None and kv_heads % tp and tp % kv_heads:
+        text = f"key/value heads {kv_heads} and {tp} ranks: neither divides the other"
+        yield TpFailure("num_key_value_heads", kv_heads, tp, kv_heads % tp, text)
+
+
+def _widths(config: ModelConfig) -> list[tuple[str, str, int]]:
+    """The MLP widths that ranks share: (name in config.json, name for a person, size)."""
+    widths: list[tuple[str, str, int]] = []
+    if config.moe is not None:
+        widths.append(("moe_intermediate_size", "expert width", config.moe.moe_intermediate_size))
+        if config.moe.n_shared_experts:
+            name = "n_shared_experts x moe_intermediate_size"
+            widths.append((name, "shared width", config.moe.shared_intermediate_size))
+    if not all(config.is_moe_layer(i) for i in range(config.num_hidden_layers)):
+        widths.append(("intermediate_size", "dense width", config.intermediate_size))
+    return widths
+
+
+def _broken_blocks(config: ModelConfig, tp: int, weights_format: WeightsFormat) -> Iterator[TpFailure]:
+    sizes = _widths(config)
+    heads = config.num_attention_heads
+    if config.mla is not None:
+        mla = config.mla
+        sizes.append(("num_attention_heads x qk_head_dim", "query rows", heads * mla.qk_head_dim))
+        kv_b = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        sizes.append(("num_attention_heads x (qk_nope_head_dim + v_head_dim)", "latent rows", kv_b))
+        sizes.append(("num_attention_heads x v_head_dim", "attention output", heads * mla.v_head_dim))
+    else:
+        sizes.append(("num_attention_heads x head_dim", "query rows", heads * config.head_dim))
+        if config.num_key_value_heads >= tp:
+            name = "num_key_value_heads x head_dim"
+            sizes.append((name, "key/value rows", config.num_key_value_heads * config.head_dim))
+    what = "int4 groups" if weights_format == "int4" else "fp8 blocks"
+    for dimension, label, size in sizes:
+        share = size // tp
+        if share % GROUP:
+            blocks = what if label == "expert width" else "fp8 blocks"
+            text = f"{label} {size:,} / {tp} = {share:,} = {share // GROUP} x {GROUP} + {share % GROUP} ({blocks})"
+            yield TpFailure(dimension, size, GROUP, share % GROUP, text)

@@ -1,0 +1,56 @@
+"""A server's own folder for its sockets: made, held while the server lives, cleared away once it is gone.
+
+A server that was killed cannot clear up; the next one of the same user does. A lock tells which folders are in use: it
+goes with the process that holds it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_PREFIX = "ziphius-"
+_LOCK = "lock"
+_SOCKET_PATH_LIMIT = 90
+"""Unix socket paths end near 107 bytes."""
+
+
+def private_folder() -> Path:
+    """A new folder that only this user can enter, with a path short enough for a socket; this process' until it ends.
+
+    Remove it with everything in it. Folders of servers that were killed are removed here.
+    """
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) + len(_PREFIX) + 8 > _SOCKET_PATH_LIMIT:
+        parent = Path("/tmp")
+    _remove_abandoned(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    _lock(folder)  # never closed: the lock ends with the process
+    return folder
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            # Without a lock it is somebody else's, or is being made at this moment.
+            own = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
+            if not own or not (folder / _LOCK).exists():
+                continue
+            descriptor = _lock(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Hold `folder`; OSError when another process does. The open file, to be closed to let go."""
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -1,0 +1,87 @@
+"""Ranks: all of an instance's ranks, here and on other machines, as node 0's server sees them; it serves no request."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+
+from ziphius.config import ServeConfig
+from ziphius.engine.ranks import rank_specs
+from ziphius.messages import LoadProgress
+from ziphius.models.checkpoint import Checkpoint
+from ziphius.planner.memory import WeightsFormat
+from ziphius.planner.validity import require_tp
+from ziphius.server.failures import Failure, Failures
+from ziphius.server.node_hub import NodeHub
+from ziphius.server.node_link import NodeHello, model_digest
+from ziphius.server.rank_group import RankGroup
+
+
+class Ranks:
+    """Use as: `start`, `failure`; `stop` whatever happened between."""
+
+    def __init__(self, config: ServeConfig, folder: Path, on_progress: Callable[[LoadProgress], None]) -> None:
+        """`folder`: this server's own, for sockets."""
+        self._config = config
+        self._folder = folder
+        self._on_progress = on_progress
+        self._failures = Failures()
+        self._group = RankGroup(config, folder, self._failures)
+        self._hub: NodeHub | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the ranks on this machine, in order."""
+        return self._group.pids
+
+    async def start(self, checkpoint: Checkpoint) -> None:
+        """Start the ranks here, after the other nodes have joined and together with theirs.
+
+        PortInUse, StartFailed when the nodes do not come together; OSError when a process cannot be started.
+        """
+        path = str(checkpoint.path)
+        if self._config.nnodes == 1:
+            await self._group.start(rank_specs(self._config, path, self._folder))
+            return
+        self._hub = NodeHub(self._config, hello_of(self._config, checkpoint), self._failures)
+        self._hub.on_beats = self._group.heard_of
+        await self._hub.open()
+        await self._hub.all_joined(self._tell_joined)
+        with self._hub.listen_for_store() as listener:
+            address, port = listener.getsockname()[:2]
+            rendezvous = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+            specs = rank_specs(self._config, path, self._folder, rendezvous, listener.fileno())
+            await self._group.start(specs)
+        self._hub.welcome(rendezvous)
+
+    async def failure(self) -> Failure:
+        """Why the ranks cannot go on; waits until they cannot."""
+        return await self._failures.first()
+
+    async def stop(self, message: str) -> None:
+        """See every rank end, here and on the other nodes; `message`: why, "" when it was asked for."""
+        if self._hub is not None:
+            await self._hub.close(message)
+        await self._group.stop()
+
+    def _tell_joined(self, joined: int, nodes: int) -> None:
+        detail = f"{joined} of {nodes} nodes, at {self._config.dist_init_addr}"
+        self._on_progress(LoadProgress(phase="waiting", done=joined, total=nodes, unit="nodes", detail=detail))
+
+
+def hello_of(config: ServeConfig, checkpoint: Checkpoint) -> NodeHello:
+    """What a node says of itself."""
+    return NodeHello(
+        node_rank=config.node_rank,
+        nnodes=config.nnodes,
+        tp=config.tp,
+        version=importlib.metadata.version("ziphius"),
+        model=model_digest(checkpoint.config),
+    )
+
+
+def check_tp(config: ServeConfig, checkpoint: Checkpoint) -> None:
+    """ConfigError when --tp ranks cannot share the model: before anything is started for it."""
+    weights: dict[str, WeightsFormat] = {"fp8": "fp8", "int4": "int4"}
+    require_tp(checkpoint.config, config.tp, weights.get(config.weights_format, "bf16"))

@@ -1,0 +1,52 @@
+"""The one mapping from the error tree to HTTP responses and SSE events, and plain JSON; it raises and logs nothing."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import msgspec
+from starlette.responses import Response
+
+from ziphius.errors import ZiphiusError
+
+JSON = "application/json"
+SSE_DONE = b"data: [DONE]\n\n"
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """OpenAI's error object; its clients read these four."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
+def error_body(error: ZiphiusError) -> bytes:
+    return msgspec.json.encode(
+        ErrorBody(ErrorDetail(error.message, error.openai_type, error.param, error.openai_code))
+    )  # fmt: skip
+
+
+def error_response(error: ZiphiusError) -> Response:
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.http_status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        # The rest of the body may still be on its way and nobody will read it
+        headers["Connection"] = "close"
+    if error.http_status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(error_body(error), status_code=error.http_status, headers=headers, media_type=JSON)
+
+
+def error_event(error: ZiphiusError) -> bytes:
+    """The last event of a stream that failed after it began; no [DONE] follows it."""
+    return b"data: " + error_body(error) + b"\n\n"
+
+
+def json_response(content: object, status: int = 200) -> Response:
+    """`content`: anything msgspec encodes."""
+    return Response(msgspec.json.encode(content), status_code=status, media_type=JSON)

@@ -1,0 +1,78 @@
+"""`ziphius serve` with an engine that is a program of its own: it ends with it, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+# A server with a worker that has left the session and ignores TERM; it drains for a moment, and says so.
+ENGINE = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+def drain(*_):
+    print("drained", flush=True)
+    os._exit(0)
+signal.signal(signal.SIGTERM, drain)
+print("up", os.getpid(), flush=True)
+time.sleep(float(sys.argv[1]))
+os._exit(7)
+"""
+RUNNER = """
+import os, sys
+from ziphius.launchers.launcher import Launch
+from ziphius.manager.foreground import run
+sys.exit(run(Launch((sys.executable, "-c", sys.argv[1], sys.argv[2]), dict(os.environ), None), 5.0))
+"""
+
+
+@pytest.fixture
+def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    argv = [sys.executable, "-c", RUNNER, ENGINE, str(request.param), str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline().startswith("up")
+        yield child
+        child.kill()
+
+
+def left() -> list[psutil.Process]:
+    me = psutil.Process()
+    found = []
+    for each in psutil.process_iter():
+        try:
+            if ENGINE in each.cmdline() and RUNNER not in each.cmdline() and each != me:
+                found.append(each)
+        except psutil.Error:
+            continue
+    return [each for each in found if each.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("running", [600], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGURG])
+def test_a_signal_drains_it_and_ends_its_workers(running: subprocess.Popen[str], number: int) -> None:
+    assert len(left()) == 2
+    os.kill(running.pid, number)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "drained\n"
+    assert running.wait(30) == 0
+    assert left() == []
+
+
+@pytest.mark.parametrize("running", [0.5], indirect=True)
+def test_its_own_end_is_told_and_its_workers_end_too(running: subprocess.Popen[str]) -> None:
+    assert running.wait(30) == 7
+    deadline = time.monotonic() + 10
+    while left():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
