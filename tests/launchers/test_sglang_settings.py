@@ -88,8 +88,12 @@ def test_several_machines() -> None:
     assert value(words, "--dist-init-addr") == "10.0.0.1:5000"
     with pytest.raises(ConfigError, match="--dist-init-addr"):
         made(tp=8, nnodes=2)
-    with pytest.raises(ConfigError, match="does not spread"):
+    with pytest.raises(ConfigError, match="cannot be spread evenly over 3 machines"):
         made(tp=4, nnodes=3, dist_init_addr="x:1")
+    with pytest.raises(ConfigError, match="--node-rank 2 is not one of 2 machines"):
+        made(tp=8, nnodes=2, node_rank=2, dist_init_addr="x:1")
+    with pytest.raises(ConfigError, match="--dist-init-addr is for several machines"):
+        made(dist_init_addr="x:1")
 
 
 def test_what_stands_after_the_dashes_comes_last_and_as_it_is() -> None:
@@ -112,6 +116,7 @@ def test_what_stands_after_the_dashes_comes_last_and_as_it_is() -> None:
         ("--disable-radix-cache", "--no-prefix-cache"),
         ("--cuda-graph-max-bs-decode 3", "--cuda-graph-max-bs"),
         ("--node-rank 1", "--node-rank"),
+        ("--nccl-init-addr a:1", "--dist-init-addr"),
     ],
 )
 def test_a_conflict_is_refused_by_name(extra: str, own: str) -> None:
@@ -120,7 +125,8 @@ def test_a_conflict_is_refused_by_name(extra: str, own: str) -> None:
 
 
 @pytest.mark.parametrize("extra", ["--max-prefill-tokens 5", "--trust-remote-code", "--nccl-port 5", "--log-requests",
-                                   "--load-format remote", "--moe-runner-backend triton"])  # fmt: skip
+                                   "--load-format remote", "--moe-runner-backend triton", "--cuda-graph-max-bs 8",
+                                   "--log-level-http warning"])  # fmt: skip
 def test_what_is_no_conflict(extra: str) -> None:
     assert made(engine_args=extra)[-len(extra.split()) :] == extra.split()
 

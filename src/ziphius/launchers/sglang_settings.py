@@ -7,10 +7,12 @@ queue's limit and the metrics, without which an overloaded server could not be t
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ziphius.config import Resolved, option_fields
+from ziphius.engine.ranks import rank_layout
 from ziphius.errors import ConfigError
 
 _SAME = {
@@ -46,7 +48,14 @@ _OWN = {
 """Ziphius' option -> the flag of SGLang's that it decides, which therefore may not come after `--`."""
 _UNPLANNED = ("load_format", "revision", "chat_template", "rank_timeout")
 """Options that no plan and no status rests on: SGLang's flag is refused only where the option was given as well."""
-_OTHER_SPELLINGS = {"--model": "model", "--tensor-parallel-size": "tp", "--tp": "tp"}
+_OTHER_SPELLINGS = {
+    "--model": "model",
+    "--tensor-parallel-size": "tp",
+    "--tp": "tp",
+    "--nccl-init-addr": "dist_init_addr",
+}
+_OF_OLDER_VERSIONS = ("--cuda-graph-max-bs",)
+"""Flags that SGLang had before 0.5.23, and that are the beginning of one that it has: no abbreviation of that."""
 _OF_ZIPHIUS = ("name", "drain_timeout", "start_timeout", "engine", "runtime", "python", "image", "engine_args",
                "cache_dir", "weights_format", "threads")  # fmt: skip
 """Options that Ziphius itself follows, whatever the engine, or that become no flag of their own."""
@@ -112,12 +121,9 @@ def threads_environment(resolved: Resolved) -> tuple[tuple[str, str], ...]:
 
 def _nodes(resolved: Resolved) -> list[str]:
     config = resolved.config
-    if config.nnodes == 1:
-        return []
+    rank_layout(config)
     if config.dist_init_addr is None:
-        raise ConfigError("several machines need --dist-init-addr HOST:PORT of machine 0", param="dist_init_addr")
-    if config.tp % config.nnodes:
-        raise ConfigError(f"tp {config.tp} does not spread evenly over {config.nnodes} machines", param="tp")
+        return []
     return ["--nnodes", str(config.nnodes), "--node-rank", str(config.node_rank),
             "--dist-init-addr", config.dist_init_addr]  # fmt: skip
 
@@ -161,19 +167,23 @@ def _refuse_conflicts(resolved: Resolved, extra: tuple[str, ...]) -> None:
     deciders = {flag: name for name, flag in _OWN.items() if name not in _UNPLANNED or _chosen(resolved, name)}
     deciders |= _OTHER_SPELLINGS
     for word in extra:
-        flag = word.partition("=")[0].replace("_", "-")
+        given = word.partition("=")[0]
+        flag = given.replace("_", "-")
         if not flag.startswith("--"):
             continue
         if flag == "--config":
             raise ConfigError("--config after `--` could change what Ziphius decides: give its settings one by one")
-        # SGLang's parser takes an abbreviation too.
-        full = flag if flag in deciders else next((d for d in deciders if len(flag) > 4 and d.startswith(flag)), None)
-        if full is None:
-            continue
-        name = deciders[full]
-        spelled = "--no-prefix-cache" if name == "prefix_cache" else "--" + name.replace("_", "-")
-        raise ConfigError(f"{word.partition('=')[0]} after `--` is Ziphius' {spelled}: give that one, before `--`",
-                          param=name)  # fmt: skip
+        name = _decider(flag, deciders)
+        if name is not None:
+            spelled = "--no-prefix-cache" if name == "prefix_cache" else "--" + name.replace("_", "-")
+            raise ConfigError(f"{given} after `--` is Ziphius' {spelled}: give that one, before `--`", param=name)
+
+
+def _decider(flag: str, deciders: Mapping[str, str]) -> str | None:
+    """The option that decides `flag`, or one that it abbreviates: SGLang's parser takes abbreviations."""
+    if flag in deciders or flag in _OF_OLDER_VERSIONS or len(flag) <= len("--xx"):
+        return deciders.get(flag)
+    return next((name for full, name in deciders.items() if full.startswith(flag)), None)
 
 
 def _shown(value: object) -> str:
