@@ -141,3 +141,19 @@ def test_an_unknown_failure_is_told_by_its_exception() -> None:
     assert diagnose(text) is None
     assert last_exception(text) == "my.module.OddError: never seen"
     assert last_exception("nothing") is None
+
+
+@pytest.mark.parametrize("answer", ['"GET /health HTTP/1.1" 200 OK', '"POST /v1/chat/completions HTTP/1.1" 200 OK'])
+def test_what_a_server_outlived_is_not_why_it_ended(answer: str) -> None:
+    """As of a server that was killed much later: its log ends without a word."""
+    odd = "Traceback (most recent call last):\nrequests.exceptions.ConnectionError: connection refused\n"
+    health = "Health check failed. Server couldn't get a response from detokenizer for 20 s\n"
+    answered = f"[2026-01-01 00:00:02] INFO:     127.0.0.1:5 - {answer}\n"
+    assert last_exception(odd + UP) is None
+    assert last_exception(UP + odd + answered) is None
+    assert diagnose(UP + health + answered) is None
+    later = diagnose(UP + health + answered + "torch.OutOfMemoryError: CUDA out of memory.\n")
+    assert later is not None
+    assert later.trouble == "out of memory under load"
+    # These are answered by a server that cannot compute any more.
+    assert last_exception(UP + odd + answered.replace("/health", "/metrics/").replace("POST", "GET")) is not None

@@ -7,6 +7,7 @@ those of the container that it runs in.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ziphius.launchers.sglang_log import FIRED_UP, lines_of
@@ -177,12 +178,19 @@ _TROUBLES = (
 )  # fmt: skip
 _ERROR = re.compile(r"^(?:\w+\.)*(?:\w*(?:Error|Exception|Interrupt|Exit)): .+")
 _NOT_TOLD = re.compile(r"^(?:\[[^\]]*\] )?(?:server_args=|usage:|Ignore import error)")
+# It takes a token that was computed.
+_ANSWERED = re.compile(r'"(?:POST /\S*|GET /health(?:_generate)?) HTTP/[\d.]+" 200')
 
 
 def diagnose(text: str) -> Diagnosis | None:
-    """The trouble that a log tells of, or None where it tells of no known one."""
+    """The trouble that a server ended for, from its log, or None where it tells of no known one.
+
+    What came before an answered request is none: the server outlived it.
+    """
     lines = [line for line in lines_of(text) if not _NOT_TOLD.match(line)]
+    answered = _after_last(lines, _ANSWERED.search)
     up = next((number for number, line in enumerate(lines) if FIRED_UP in line), len(lines))
+    lines, up = lines[answered:], max(0, up - answered)
     for trouble in _TROUBLES:
         part = lines[up:] if trouble.when == _UP else lines[:up] if trouble.when == _START else lines
         pattern = re.compile(trouble.pattern)
@@ -193,9 +201,16 @@ def diagnose(text: str) -> Diagnosis | None:
 
 
 def last_exception(text: str) -> str | None:
-    """The last exception's own line, for a failure that no trouble fits."""
-    found = [line for line in lines_of(text) if _ERROR.match(line) and not line.startswith("KeyboardInterrupt")]
+    """The last exception's own line, for a failure that no trouble fits. None where the server outlived it."""
+    lines = lines_of(text)
+    alive = _after_last(lines, lambda line: FIRED_UP in line or _ANSWERED.search(line))
+    found = [line for line in lines[alive:] if _ERROR.match(line) and not line.startswith("KeyboardInterrupt")]
     return found[-1] if found else None
+
+
+def _after_last(lines: list[str], says: Callable[[str], object]) -> int:
+    """The number of the line after the last that `says` so; 0 where none does."""
+    return next((number for number in range(len(lines), 0, -1) if says(lines[number - 1])), 0)
 
 
 def _told(trouble: Trouble, match: re.Match[str]) -> Diagnosis:
