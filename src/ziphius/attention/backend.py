@@ -32,8 +32,6 @@ class ProjectedTokens:
     """[H, nope, lora]."""
     w_uv: Tensor
     """[H, lora, v]."""
-    next_reads: tuple[Tensor, ...] = ()
-    """What the product after attention reads: a backend may bring it into a cache while it waits for latencies."""
 
 
 class AttentionBackend(Protocol):

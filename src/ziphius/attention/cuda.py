@@ -103,7 +103,7 @@ class CudaBackend:
         queries = decode_inputs(self._gpu, q, new, tokens.w_uk, cache.latent)
         heads, lora = queries.shape[1], tokens.w_uv.shape[1]
         splits, config = self._tuned.mla(plan.rows, heads, lora, plan.longest, q.element_size())
-        parts = mla_parts(self._gpu, queries, cache.latent, plan.paged, scale, splits, config, ahead=tokens.next_reads)
+        parts = mla_parts(self._gpu, queries, cache.latent, plan.paged, scale, splits, config)
         return combine_values(self._gpu, parts, tokens.w_uv)
 
     def _prefill(

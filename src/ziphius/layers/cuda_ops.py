@@ -54,7 +54,6 @@ class CudaOps:
         shared: GatedMLP | None,
         moe: MoEConfig,
         parallel: ParallelState,
-        next_reads: tuple[Tensor, ...] = (),
     ) -> Tensor | None:
         """See LayerOps."""
         matrices = _matrices(routed)
@@ -70,18 +69,17 @@ class CudaOps:
             act = shared.activations(normed)
             part = shared.down_proj.weight(act) if residual is None else shared.down_proj.weight.onto(act, residual)
             residual = part
-        return parallel.all_reduce(self._experts(normed, routes, matrices, residual, moe, next_reads))
+        return parallel.all_reduce(self._experts(normed, routes, matrices, residual, moe))
 
     def _route(
         self, x: Tensor, norm: RMSNorm, gate: Tensor, moe: MoEConfig, matrices: ExpertMatrices
     ) -> tuple[Tensor, Routes]:
         shared = matrices.shared
-        ahead = matrices.shared_or_own if shared else ()
         if x.numel() <= _ROUTE_AT_ONCE and not self._gpu.batch_invariant:
-            return routing.route(self._gpu, x, norm.weight, norm.eps, gate, moe, shared, self._routing, ahead)
+            return routing.route(self._gpu, x, norm.weight, norm.eps, gate, moe, shared, self._routing)
         normed = norm(x)
         logits = self._kernels.linear(normed, gate, out_dtype=torch.float32)
-        return normed, routing.top_k(self._gpu, logits, moe, shared, self._routing, ahead)
+        return normed, routing.top_k(self._gpu, logits, moe, shared, self._routing)
 
     def _experts(
         self,
@@ -90,16 +88,14 @@ class CudaOps:
         matrices: ExpertMatrices,
         residual: Tensor | None,
         moe: MoEConfig,
-        ahead: tuple[Tensor, ...],
     ) -> Tensor:
         count, hidden, width = matrices.down.shape
         gpu, tokens = self._gpu, x.shape[0]
         plan = self._kernels.tuned.experts(tokens, count, hidden, width, moe.num_experts_per_tok)
         if isinstance(plan, PairConfig):
-            return experts.pair_experts(gpu, x, routes, matrices, residual, plan, ahead)
+            return experts.pair_experts(gpu, x, routes, matrices, residual, plan)
         blocks = routing.align(gpu, routes, count + matrices.shared, plan.block_m, self._routing)
-        ahead = ahead if tokens <= _SHARED_AS_PAIRS else ()
-        return experts.grouped_experts(gpu, x, routes, blocks, matrices, residual, plan.first, plan.second, ahead)
+        return experts.grouped_experts(gpu, x, routes, blocks, matrices, residual, plan.first, plan.second)
 
 
 def _matrices(routed: RoutedExperts) -> ExpertMatrices | None:

@@ -59,10 +59,6 @@ class CudaDenseWeight(DenseWeight):
         super().__init__(weight)
         self._kernels = kernels
 
-    @property
-    def reads(self) -> tuple[Tensor, ...]:
-        return (self.weight,)
-
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:
             return super().__call__(x)

@@ -44,12 +44,11 @@ class LayerOps(Protocol):
         shared: GatedMLP | None,
         moe: MoEConfig,
         parallel: ParallelState,
-        next_reads: tuple[Tensor, ...] = (),
     ) -> Tensor | None:
         """A whole mixture of experts: x + the experts' sum for norm(x), all ranks' parts added, [T, hidden].
 
-        gate [experts, hidden]; `next_reads`: what the layer after this one reads first. None where this device has
-        no kernels for weights of this format: the caller then puts it together itself, and defines what it means.
+        gate [experts, hidden]. None where this device has no kernels for weights of this format: the caller then
+        puts it together itself, and defines what it means.
         """
 
 
@@ -87,6 +86,5 @@ class TorchOps:
         shared: GatedMLP | None,
         moe: MoEConfig,
         parallel: ParallelState,
-        next_reads: tuple[Tensor, ...] = (),
     ) -> Tensor | None:
         return None

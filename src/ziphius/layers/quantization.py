@@ -55,11 +55,6 @@ class LinearWeight(Layer, ABC):
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] -> [T, out], in x's type."""
 
-    @property
-    def reads(self) -> tuple[Tensor, ...]:
-        """The tensors that a product with few tokens reads, where bringing them into a cache beforehand pays."""
-        return ()
-
     def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """self(norm(x)); a format that can do both at once does."""
         return self(norm(x))

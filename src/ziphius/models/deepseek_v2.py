@@ -92,11 +92,6 @@ class LatentProjection(Layer):
             q = self.q_proj.after_norm(q, self.q_norm)
         return q, latent, k_pe
 
-    @property
-    def reads(self) -> tuple[Tensor, ...]:
-        """See LinearWeight.reads."""
-        return self.projection.weight.reads + (() if self.q_proj is None else self.q_proj.weight.reads)
-
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         q = "q_proj" if self.q_proj is None else "q_a_proj"
         yield from self.projection.checkpoint_tensors(f"{name}.{q}", f"{name}.kv_a_proj_with_mqa")
@@ -133,9 +128,7 @@ class DeepseekV2Attention(Layer):
         q, latent, k_pe = self.latent(x, norm)
         q = q.view(x.shape[0], -1, self._mla.qk_head_dim)
         kv_b = self.kv_b_proj
-        projected = ProjectedTokens(
-            q, latent, k_pe, self.latent.kv_norm, angles, kv_b.w_uk, kv_b.w_uv, self.o_proj.weight.reads
-        )
+        projected = ProjectedTokens(q, latent, k_pe, self.latent.kv_norm, angles, kv_b.w_uk, kv_b.w_uv)
         out = attention.attend_projected(projected, cache, batch, self._scale, self._ops)
         return self.o_proj.onto(out.flatten(1), x)
 
@@ -158,11 +151,9 @@ class DeepseekV2MoE(Layer):
         width = moe.shared_intermediate_size
         self.shared_experts = GatedMLP(hidden_size, width, context, reduce=False) if width else None
 
-    def onto(self, x: Tensor, norm: RMSNorm, next_reads: tuple[Tensor, ...] = ()) -> Tensor:
+    def onto(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x [T, hidden] -> x + the mixture for norm(x), [T, hidden]."""
-        whole = self._ops.mixture(
-            x, norm, self.gate, self.experts, self.shared_experts, self._moe, self._parallel, next_reads
-        )
+        whole = self._ops.mixture(x, norm, self.gate, self.experts, self.shared_experts, self._moe, self._parallel)
         return x + self(norm(x)) if whole is None else whole
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -205,15 +196,9 @@ class DeepseekV2Layer(Layer):
         cache: LatentCache,
         batch: ForwardBatch,
         attention: AttentionBackend,
-        next_reads: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """The residual stream [T, hidden] -> the same after this layer.
-
-        `next_reads`: what comes after this layer reads that first; it may be brought into a cache meanwhile.
-        """
+        """The residual stream [T, hidden] -> the same after this layer."""
         x = self.self_attn(x, self.input_layernorm, angles, cache, batch, attention)
-        if isinstance(self.mlp, DeepseekV2MoE):
-            return self.mlp.onto(x, self.post_attention_layernorm, next_reads)
         return self.mlp.onto(x, self.post_attention_layernorm)
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
@@ -249,9 +234,8 @@ class DeepseekV2ForCausalLM(Layer):
         """See CausalLM."""
         x = self.embed_tokens(batch.input_ids)
         angles = self._rotary(batch.positions)
-        following = [layer.self_attn.latent.reads for layer in self.layers[1:]] + [()]
-        for layer, cache, next_reads in zip(self.layers, pool.latent, following, strict=True):
-            x = layer(x, angles, cache, batch, attention, next_reads)
+        for layer, cache in zip(self.layers, pool.latent, strict=True):
+            x = layer(x, angles, cache, batch, attention)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

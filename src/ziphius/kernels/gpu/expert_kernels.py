@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ziphius.kernels.gpu.launch import allow_next, prefetch_share_l2, wait_for_previous
+from ziphius.kernels.gpu.launch import allow_next, prefetch_rows_l2, wait_for_previous
 
 
 @triton.jit
@@ -42,12 +42,14 @@ def gate_up_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, num_pa
 
     For few tokens a block: the weights are the tensor cores' first operand, and BLOCK_N gate rows lie over the
     BLOCK_N up rows that belong to them in one tile.
+
+    The next kernel is let in only after the wait, so that it may read the blocks before its own.
     """
-    allow_next(PDL)
     block = tl.program_id(1)
     r = tl.arange(0, 2 * BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     wait_for_previous(PDL)
+    allow_next(PDL)
     expert = tl.load(block_experts + block)
     if expert >= 0:
         pair = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -82,11 +84,11 @@ def gate_up_many_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, n
                          BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
                          PDL: tl.constexpr):  # fmt: skip
     """As gate_up_kernel, for many tokens a block: they are the first operand, gate and up two products."""
-    allow_next(PDL)
     block = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     wait_for_previous(PDL)
+    allow_next(PDL)
     expert = tl.load(block_experts + block)
     if expert >= 0:
         pair = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -120,18 +122,26 @@ def gate_up_many_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, n
 def down_kernel(act, down, shared_down, out, weights, pairs, block_experts, num_pairs, hidden,
                  EXPERTS: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-                 STAGES: tl.constexpr, TOKENS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 STAGES: tl.constexpr, TOKENS_FIRST: tl.constexpr, PREFETCH: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
     """out[p] = weight of pair p x (down act[p]). Grid: groups of TILES hidden blocks, expert blocks.
 
     A product of so few columns is over before its loads have come: so one loop runs over the columns of all TILES
-    blocks, and the next block's weights are on their way while this one is stored.
+    blocks, and the next block's weights are on their way while this one is stored. The first block's come into L2
+    while the first product ends: the kernel before it has seen the sorting end before it let this one start.
     """
     STEPS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     allow_next(PDL)
     block = tl.program_id(1)
     m, j, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    expert = tl.load(block_experts + block, cache_modifier=".cg")
+    if PREFETCH:
+        if expert >= 0:
+            base, stride = _expert_down(expert, down, shared_down, hidden, EXPERTS, WIDTH, SHARED)
+            rows = base + tl.minimum(tl.program_id(0) * TILES * BLOCK_N + j, hidden - 1) * stride
+            size: tl.constexpr = down.dtype.element_ty.primitive_bitwidth // 8
+            prefetch_rows_l2(rows, j, WIDTH * size, PDL)
     wait_for_previous(PDL)
-    expert = tl.load(block_experts + block)
     if expert >= 0:
         pair = tl.load(pairs + block * BLOCK_M + m)
         used = pair < num_pairs
@@ -171,13 +181,10 @@ def down_kernel(act, down, shared_down, out, weights, pairs, block_experts, num_
 
 
 @triton.jit
-def sum_pairs_kernel(pair_out, residual, y, ahead, ahead_bytes, ahead_too, ahead_too_bytes, hidden, stride_r,
-                     PAIRS_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr,
-                     PDL: tl.constexpr):  # fmt: skip
+def sum_pairs_kernel(pair_out, residual, y, hidden, stride_r, PAIRS_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+                     RESIDUAL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[t] = residual[t] + the sum of token t's pairs, in their order."""
     allow_next(PDL)
-    prefetch_share_l2(ahead, ahead_bytes, PDL)
-    prefetch_share_l2(ahead_too, ahead_too_bytes, PDL)
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < hidden
@@ -237,8 +244,7 @@ def pair_gate_up_kernel(x, gate_up, shared_gate_up, act, ids, hidden, stride_x, 
 
 
 @triton.jit
-def pair_down_kernel(act, down, shared_down, residual, y, ids, weights, ahead, ahead_bytes, ahead_too,
-                     ahead_too_bytes, hidden, stride_r, EXPERTS: tl.constexpr,
+def pair_down_kernel(act, down, shared_down, residual, y, ids, weights, hidden, stride_r, EXPERTS: tl.constexpr,
                      WIDTH: tl.constexpr, SHARED: tl.constexpr, PAIRS_PER_TOKEN: tl.constexpr,
                      BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
                      RESIDUAL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -268,8 +274,6 @@ def pair_down_kernel(act, down, shared_down, residual, y, ids, weights, ahead, a
         b = BLOCK_A + tl.arange(0, BLOCK_B)
         inside = (b < WIDTH)[None, None, :]
         down_b = tl.load(at + b[None, None, :], mask=inside, other=0.0, eviction_policy="evict_first")
-    prefetch_share_l2(ahead, ahead_bytes, PDL)
-    prefetch_share_l2(ahead_too, ahead_too_bytes, PDL)
     wait_for_previous(PDL)
     act_at = act + pair[:, None, None] * WIDTH
     act_a = tl.load(act_at + a[None, None, :]).to(tl.float32) * share[:, None, None]

@@ -24,7 +24,7 @@ from ziphius.kernels.gpu.expert_kernels import (
     pair_gate_up_kernel,
     sum_pairs_kernel,
 )
-from ziphius.kernels.gpu.launch import Ahead, Gpu, bytes_ahead
+from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.routing import ExpertBlocks, Routes
 
 
@@ -90,7 +90,6 @@ def pair_experts(
     matrices: ExpertMatrices,
     residual: Tensor | None,
     config: PairConfig | None = None,
-    ahead: Ahead = (),
 ) -> Tensor:
     """Few tokens x [T, hidden] -> residual + the weighted sum of each token's experts, [T, hidden]; two launches."""
     width = matrices.down.shape[2]
@@ -98,7 +97,7 @@ def pair_experts(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     config = config or pair_config(x.shape[1], width, x.element_size())
     pair_first(gpu, x, routes, matrices, act, config)
-    pair_second(gpu, act, routes, matrices, residual, y, config, ahead)
+    pair_second(gpu, act, routes, matrices, residual, y, config)
     return y
 
 
@@ -118,11 +117,10 @@ def grouped_experts(
     residual: Tensor | None,
     first: GroupedConfig,
     second: GroupedConfig,
-    ahead: Ahead = (),
 ) -> Tensor:
     """Tokens x [T, hidden], their pairs sorted into `blocks` -> residual + weighted sums [T, hidden]."""
     act = grouped_first(gpu, x, routes, blocks, matrices, first)
-    return _sum_pairs(gpu, grouped_second(gpu, act, routes, blocks, matrices, second), x.shape[0], residual, ahead)
+    return _sum_pairs(gpu, grouped_second(gpu, act, routes, blocks, matrices, second), x.shape[0], residual)
 
 
 def grouped_first(
@@ -154,9 +152,15 @@ def grouped_second(
         act, matrices.down, matrices.shared_or_own[1], out, routes.weights, blocks.pairs, blocks.experts, pairs,
         hidden, EXPERTS=matrices.down.shape[0], WIDTH=width, SHARED=matrices.shared, BLOCK_M=blocks.block_size,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILES=config.tiles, STAGES=config.stages,
-        TOKENS_FIRST=config.tokens_first, num_warps=config.warps, **gpu.overlap,
+        TOKENS_FIRST=config.tokens_first, PREFETCH=_prefetches(config, width * act.element_size()),
+        num_warps=config.warps, **gpu.overlap,
     )  # fmt: skip
     return out
+
+
+def _prefetches(config: GroupedConfig, row_bytes: int) -> bool:
+    """Whether programs of the second product bring their first rows into L2: a row a thread, in 16-byte units."""
+    return not config.tokens_first and config.block_n <= 32 * config.warps and row_bytes % 16 == 0
 
 
 def experts_torch(x: Tensor, routes: Routes, matrices: ExpertMatrices, residual: Tensor | None) -> Tensor:
@@ -198,27 +202,26 @@ def pair_second(
     residual: Tensor | None,
     y: Tensor,
     config: PairConfig,
-    ahead: Ahead = (),
 ) -> None:
     (tokens, hidden), width = y.shape, act.shape[1]
     block_a, block_b = _two_blocks(width)
     added = y if residual is None else residual
     pair_down_kernel[(tokens, triton.cdiv(hidden, config.down_rows))](
         act, matrices.down, matrices.shared_or_own[1], added, y, routes.ids, routes.weights,
-        *bytes_ahead(ahead, act), hidden, added.stride(0), EXPERTS=matrices.down.shape[0], WIDTH=width, SHARED=matrices.shared,
+        hidden, added.stride(0), EXPERTS=matrices.down.shape[0], WIDTH=width, SHARED=matrices.shared,
         PAIRS_PER_TOKEN=routes.ids.shape[1],
         BLOCK_P=triton.next_power_of_2(routes.ids.shape[1]), BLOCK_N=config.down_rows, BLOCK_A=block_a, BLOCK_B=block_b,
         RESIDUAL=residual is not None, num_warps=config.down_warps, **gpu.overlap,
     )  # fmt: skip
 
 
-def _sum_pairs(gpu: Gpu, pair_out: Tensor, tokens: int, residual: Tensor | None, ahead: Ahead) -> Tensor:
+def _sum_pairs(gpu: Gpu, pair_out: Tensor, tokens: int, residual: Tensor | None) -> Tensor:
     hidden = pair_out.shape[1]
     y = torch.empty((tokens, hidden), dtype=pair_out.dtype, device=pair_out.device)
     added = y if residual is None else residual
     block = min(1024, triton.next_power_of_2(hidden))
     sum_pairs_kernel[(tokens, triton.cdiv(hidden, block))](
-        pair_out, added, y, *bytes_ahead(ahead, pair_out), hidden, added.stride(0), PAIRS_PER_TOKEN=pair_out.shape[0] // tokens, BLOCK=block,
+        pair_out, added, y, hidden, added.stride(0), PAIRS_PER_TOKEN=pair_out.shape[0] // tokens, BLOCK=block,
         RESIDUAL=residual is not None, **gpu.overlap,
     )  # fmt: skip
     return y

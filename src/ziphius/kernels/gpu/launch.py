@@ -15,13 +15,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-AHEAD_BYTES = 45 << 20
-"""Most that is brought into L2 ahead of its use."""
-
-Ahead = tuple[Tensor, ...]
-"""Up to two tensors that later kernels will read in any case: a kernel that waits for latencies brings them into L2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,46 +77,3 @@ def prefetch_rows_l2(rows, index, nbytes, PDL: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def prefetch_share_l2(start, nbytes, PDL: tl.constexpr):
-    """This program's share of `nbytes` (a multiple of 16, or 0) from `start` (16-byte aligned) into L2.
-
-    For a kernel that leaves memory idle while it waits for latencies: what comes next is there when it begins.
-    """
-    if PDL:
-        programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-        program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
-        share = tl.cdiv(nbytes, programs * 128) * 128
-        first = program * share
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred p, q;
-            mov.u32 $0, %tid.x;
-            setp.eq.u32 p, $0, 0;
-            setp.gt.s32 q, $2, 0;
-            and.pred p, p, q;
-            @p cp.async.bulk.prefetch.L2.global [$1], $2;
-            }""",
-            "=r,l,r",
-            [start.to(tl.int64) + first, tl.minimum(share, nbytes - first)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-def bytes_ahead(ahead: Ahead, otherwise: Tensor) -> tuple[Tensor, int, Tensor, int]:
-    """(tensor, bytes) twice, as `prefetch_share_l2` takes them: 0 bytes of `otherwise` where nothing is to come.
-
-    What exceeds AHEAD_BYTES stays where it is: it would drive out what was brought before.
-    """
-    left = AHEAD_BYTES
-    told: list[tuple[Tensor, int]] = []
-    for tensor in ahead[:2]:
-        if tensor.nbytes <= left:
-            left -= tensor.nbytes
-            told.append((tensor, tensor.nbytes // 16 * 16))
-    (first, first_bytes), (second, second_bytes), *_ = [*told, (otherwise, 0), (otherwise, 0)]
-    return first, first_bytes, second, second_bytes

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.launch import Ahead, Gpu, allow_next, bytes_ahead, prefetch_share_l2, wait_for_previous
+from ziphius.kernels.gpu.launch import Gpu, allow_next, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 FIXED_SPLIT = 1024
@@ -76,7 +76,7 @@ def _bounds(length, split, splits, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["splits", "chunk"])
-def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, ahead, ahead_bytes, scale, stride_table, splits, chunk,
+def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table, splits, chunk,
                 HEADS: tl.constexpr, LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr,
                 PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, KEYS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Grid: tokens, head blocks, splits. A cache row is key and, but for its rotary part, value of every head.
@@ -85,7 +85,6 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, ahead, ahead_bytes, 
     scores are [BLOCK_KV, BLOCK_H] then, and the sums [LORA, BLOCK_H].
     """
     allow_next(PDL)
-    prefetch_share_l2(ahead, ahead_bytes, PDL)
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -210,19 +209,15 @@ def mla_parts(
     scale: float,
     plan: SplitPlan,
     config: MLAConfig | None = None,
-    ahead: Ahead = (),
 ) -> Parts:
-    """q [T, H, lora + rope] (decode_inputs), cache [slots, lora + rope].
-
-    `ahead`: what the next kernels will read; it is brought into L2 meanwhile.
-    """
+    """q [T, H, lora + rope] (decode_inputs), cache [slots, lora + rope]."""
     tokens, heads, width = q.shape
     lora = 1 << (width.bit_length() - 1)
     rope = width - lora
     parts = _empty_parts(tokens, heads, plan, lora, q)
     config = config or mla_config(heads, q.element_size())
     _mla_kernel[(tokens, triton.cdiv(heads, config.block_h), plan.splits)](
-        q, cache, paged.page_table, paged.seq_lens, parts.sums, parts.logs, *bytes_ahead(ahead, q)[:2], scale * _LOG2E,
+        q, cache, paged.page_table, paged.seq_lens, parts.sums, parts.logs, scale * _LOG2E,
         paged.page_table.stride(0), plan.splits, plan.chunk, HEADS=heads, LORA=lora, ROPE=rope,
         BLOCK_R=max(16, triton.next_power_of_2(rope)), PAGE=paged.page_size, BLOCK_H=config.block_h,
         BLOCK_KV=config.block_kv, STAGES=config.stages,

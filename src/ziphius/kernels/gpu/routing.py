@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.launch import Ahead, Gpu, allow_next, bytes_ahead, prefetch_share_l2, wait_for_previous
+from ziphius.kernels.gpu.launch import Gpu, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
 from ziphius.models.config import MoEConfig
 
@@ -73,18 +73,19 @@ def _top_k(logits, ids, weights, token, scale, EXPERTS: tl.constexpr, GROUPS: tl
     scores = tl.where(inside, _choose(scores, expert, EXPERTS, GROUPS, KEPT_GROUPS), -1.0)
     # One key for score and id: scores are not negative, so their bits are ordered as they are.
     key = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (EXPERTS - expert).to(tl.int64)
+    key = tl.reshape(key, (BLOCK_G * BLOCK_P,))
     slot = tl.arange(0, 16)
     all_ids = EXPERTS + slot - TOP_K
     all_weights = tl.where(slot < TOP_K, 0.0, 1.0)
     total = 0.0
     for i in tl.static_range(TOP_K):
-        best = tl.max(tl.max(key, axis=1), axis=0)
+        best = tl.max(key, axis=0)
         score = (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         best_id = EXPERTS - (best & 0xFFFFFFFF).to(tl.int32)
         all_ids = tl.where(slot == i, best_id, all_ids)
         all_weights = tl.where(slot == i, score, all_weights)
         total += score
-        key = tl.where(expert == best_id, -1, key)
+        key = tl.where(key == best, -1, key)
     if RENORMALIZE:
         factor = 1.0 / (total + 1e-20)
     else:
@@ -95,13 +96,11 @@ def _top_k(logits, ids, weights, token, scale, EXPERTS: tl.constexpr, GROUPS: tl
 
 
 @triton.jit
-def _top_k_kernel(logits, ids, weights, counts, ahead, ahead_bytes, ahead_too, ahead_too_bytes, scale, EXPERTS: tl.constexpr, GROUPS: tl.constexpr,
+def _top_k_kernel(logits, ids, weights, counts, scale, EXPERTS: tl.constexpr, GROUPS: tl.constexpr,
                   BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, KEPT_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
                   SHARED: tl.constexpr, RENORMALIZE: tl.constexpr, COUNTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Program t: token t. Program 0 also clears the counts that sorting starts from."""
     allow_next(PDL)
-    prefetch_share_l2(ahead, ahead_bytes, PDL)
-    prefetch_share_l2(ahead_too, ahead_too_bytes, PDL)
     wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     if token == 0:
@@ -112,8 +111,7 @@ def _top_k_kernel(logits, ids, weights, counts, ahead, ahead_bytes, ahead_too, a
 
 
 @triton.jit
-def _route_kernel(x, norm_weight, gate, normed, logits, ids, weights, counts, arrivals, ahead, ahead_bytes,
-                  ahead_too, ahead_too_bytes, columns, stride_x, eps, scale,
+def _route_kernel(x, norm_weight, gate, normed, logits, ids, weights, counts, arrivals, columns, stride_x, eps, scale,
                   BLOCK_E: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, EXPERTS: tl.constexpr,
                   GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, KEPT_GROUPS: tl.constexpr,
                   TOP_K: tl.constexpr, SHARED: tl.constexpr, RENORMALIZE: tl.constexpr, COUNTS: tl.constexpr,
@@ -135,8 +133,6 @@ def _route_kernel(x, norm_weight, gate, normed, logits, ids, weights, counts, ar
         gate_b = tl.load(row + b[None, :], mask=inside[None, :], other=0.0)
         norm_b = tl.load(norm_weight + b, mask=inside, other=0.0).to(tl.float32)
     allow_next(PDL)
-    prefetch_share_l2(ahead, ahead_bytes, PDL)
-    prefetch_share_l2(ahead_too, ahead_too_bytes, PDL)
     wait_for_previous(PDL)
     x_a = tl.load(x + token * stride_x + a).to(tl.float32)
     squares = tl.sum(x_a * x_a, axis=0)
@@ -244,15 +240,12 @@ class RouteWorkspace:
         return cls(*(torch.zeros(1024, dtype=torch.int32, device=device) for _ in range(2)))
 
 
-def top_k(
-    gpu: Gpu, logits: Tensor, moe: MoEConfig, shared: int, workspace: RouteWorkspace, ahead: Ahead = ()
-) -> Routes:
+def top_k(gpu: Gpu, logits: Tensor, moe: MoEConfig, shared: int, workspace: RouteWorkspace) -> Routes:
     """logits [T, experts] float32 -> routes of moe.num_experts_per_tok + shared pairs a token."""
     routes = _empty_routes(logits.shape[0], moe, shared, logits.device)
     if logits.shape[0]:
         _top_k_kernel[(logits.shape[0],)](
-            logits, routes.ids, routes.weights, workspace.counts, *bytes_ahead(ahead, logits),
-            moe.routed_scaling_factor, **_top_k_shape(moe, shared), num_warps=1, **gpu.overlap,
+            logits, routes.ids, routes.weights, workspace.counts, moe.routed_scaling_factor, **_top_k_shape(moe, shared), num_warps=1, **gpu.overlap,
         )  # fmt: skip
     return routes
 
@@ -266,7 +259,6 @@ def route(
     moe: MoEConfig,
     shared: int,
     workspace: RouteWorkspace,
-    ahead: Ahead = (),
 ) -> tuple[Tensor, Routes]:
     """x [T, hidden] of a few tokens, not normed; gate [experts, hidden] -> (normed x, routes), in one launch."""
     tokens, columns = x.shape
@@ -278,7 +270,7 @@ def route(
     block_e = 2 if tokens <= 2 else 4
     _route_kernel[(triton.cdiv(moe.n_routed_experts, block_e), tokens)](
         x, norm_weight, gate, normed, logits, routes.ids, routes.weights, workspace.counts, workspace.arrivals,
-        *bytes_ahead(ahead, x), columns, x.stride(0), eps, moe.routed_scaling_factor, BLOCK_E=block_e, BLOCK_A=block_a,
+        columns, x.stride(0), eps, moe.routed_scaling_factor, BLOCK_E=block_e, BLOCK_A=block_a,
         BLOCK_B=block_b, **_top_k_shape(moe, shared), num_warps=4 if block_e * columns <= 12288 else 8, **gpu.overlap,
     )  # fmt: skip
     return normed, routes
