@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import platform
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -17,6 +17,8 @@ _ACCEPT = ", ".join(
         "application/vnd.docker.distribution.manifest.v2+json",
     )
 )
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""A kernel's name of a machine -> a registry's."""
 _TIMEOUT_S = 15.0
 _DOCKER_HUB = "registry-1.docker.io"
 
@@ -26,7 +28,7 @@ class RemoteImage:
     """An image as a registry tells of it."""
 
     digest: str
-    """Of the manifest for amd64, so that the same bytes can be asked for again."""
+    """Of the manifest for this machine's architecture, so that the same bytes can be asked for again."""
     size_bytes: int
     """Of its layers, compressed."""
 
@@ -52,7 +54,7 @@ class _Token(msgspec.Struct):
     access_token: str = ""
 
 
-def find_remote(source: str, env: Mapping[str, str], scheme: str = "https") -> RemoteImage | None:
+def find_remote(source: str, scheme: str = "https") -> RemoteImage | None:
     """The image that `docker://…` names. None where the registry does not tell: a private one, or none in reach."""
     registry, name, reference = parse_name(source)
     try:
@@ -104,7 +106,9 @@ def _get(client: httpx.Client, url: str, name: str) -> httpx.Response:
 
 
 def _for_this_platform(index: _Manifest) -> _Descriptor:
+    machine = platform.machine()
+    wanted = ("linux", _ARCHITECTURES.get(machine, machine))
     for each in index.manifests:
-        if each.platform is not None and (each.platform.os, each.platform.architecture) == ("linux", "amd64"):
+        if each.platform is not None and (each.platform.os, each.platform.architecture) == wanted:
             return each
-    raise LookupError("no image for linux/amd64")
+    raise LookupError("no image for {}/{}".format(*wanted))
