@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ziphius import cli_image, cli_plan, cli_slurm
+from ziphius.cli_interrupts import interrupts_once
 from ziphius.cli_options import (
     ConfigFile,
     EngineArguments,
@@ -62,23 +62,6 @@ def _manager(force: bool = False) -> Manager:
         return launched
 
     return Manager(ziphius_home(os.environ), launch, os.environ)
-
-
-@contextlib.contextmanager
-def _interrupts_once() -> Iterator[None]:
-    """SIGTERM and Ctrl-C interrupt the block; later ones are ignored, so that it can clean up in peace."""
-
-    def interrupt(number: int, _: object) -> None:
-        for handled in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(handled, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @app.command()
@@ -303,7 +286,7 @@ def pull(
     settings = resolved_from({}, None).config
     wanted = model if model is not None else settings.model
     home = ziphius_home(os.environ)
-    with _interrupts_once(), phases() as progress:
+    with interrupts_once(), phases() as progress:
         checkpoint = open_checkpoint(wanted, home, progress, revision=revision or settings.revision, update=True)
     at = "" if checkpoint.commit is None else f" (commit {checkpoint.commit})"
     print(f"{checkpoint.name} is at {checkpoint.path}{at}")
@@ -341,7 +324,7 @@ def _starting(manager: Manager, name: str) -> Iterator[Callable[[LoadProgress], 
     from ziphius.cli_print import note, phases
 
     try:
-        with _interrupts_once(), phases() as progress:
+        with interrupts_once(), phases() as progress:
             yield progress
     except StartFailed as e:
         lines = manager.log_tail(name, _SHOWN_LOG_LINES)

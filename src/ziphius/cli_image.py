@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ziphius.cli_interrupts import interrupts_once
 from ziphius.cli_options import Json
 from ziphius.launchers.image import DEFAULT_SOURCE, ImageRecord
 
@@ -41,7 +42,7 @@ def build(
     from ziphius.manager.image_build import build as run
 
     target = out.expanduser().absolute()
-    with phases() as progress:
+    with interrupts_once(), phases() as progress:
         record = run(from_, target, os.environ, progress, replace=force)
     print_json(record) if json else _print(target, record)
 

@@ -7,8 +7,10 @@ import datetime
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
@@ -19,10 +21,11 @@ from ziphius.errors import ConfigError, ImageError
 from ziphius.launchers import image, registry
 from ziphius.launchers.apptainer import require_program
 from ziphius.launchers.image import ImageRecord
+from ziphius.launchers.launcher import RUN_ID
+from ziphius.manager import process
 from ziphius.messages import LoadProgress
 
 _POLL_S = 0.2
-_STOP_S = 10.0
 _VERSION_S = 120.0
 _UNPACKED = 2.5
 """An image's unpacked size over that of its compressed layers, about."""
@@ -40,13 +43,15 @@ def build(source: str, target: Path, env: Mapping[str, str], on_progress: OnProg
     program = require_program(env)
     if target.exists() and not replace:
         raise ConfigError(f"{target} is there already: --force replaces it, or name another with --out", param="out")
-    remote = registry.find_remote(source, env) if source.startswith("docker://") else None
+    remote = registry.find_remote(source) if source.startswith("docker://") else None
     _check_disk(source, target, env, remote)
     exact = source if remote is None else registry.pinned(source, remote.digest)
     # Where the build is, so that the last step is a rename. Hidden: it is no image yet.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        _run(image.build_command(program, exact, partial), partial, env, on_progress)
+        with _unpacking_folder(env) as folder:
+            command = image.build_command(program, exact, partial)
+            _run(command, partial, {**env, "APPTAINER_TMPDIR": folder}, on_progress)
         record = ImageRecord(
             source=source,
             digest=None if remote is None else remote.digest,
@@ -57,7 +62,7 @@ def build(source: str, target: Path, env: Mapping[str, str], on_progress: OnProg
         )
         _put(partial, target, record)
     except OSError as e:
-        raise ImageError(f"cannot write {target}: {e.strerror}") from e
+        raise ImageError(f"cannot write {e.filename or target}: {e.strerror}") from e
     finally:
         partial.unlink(missing_ok=True)
     return record
@@ -70,12 +75,11 @@ def _check_disk(source: str, target: Path, env: Mapping[str, str], remote: regis
         return
     compressed = remote is not None or source.startswith("docker-archive:")
     unpacked = int(size * _UNPACKED) if compressed else size
-    temporary = Path(env.get("APPTAINER_TMPDIR") or env.get("TMPDIR") or "/tmp")
     if not target.parent.is_dir():
         raise ImageError(f"there is no folder {target.parent} to put the image into")
     for folder, needed, what in (
         (target.parent, min(size, unpacked) + _SPARE, "the image"),
-        (temporary, unpacked + _SPARE, "unpacking (APPTAINER_TMPDIR names another folder)"),
+        (_temporary(env), unpacked + _SPARE, "unpacking (APPTAINER_TMPDIR names another folder)"),
     ):
         with contextlib.suppress(OSError):  # a folder that is not there, Apptainer makes or tells of
             free = shutil.disk_usage(folder).free
@@ -83,10 +87,22 @@ def _check_disk(source: str, target: Path, env: Mapping[str, str], remote: regis
                 raise ImageError(f"{folder} has {free / 1e9:.1f} GB free, and {what} needs about {needed / 1e9:.1f} GB")
 
 
+def _temporary(env: Mapping[str, str]) -> Path:
+    return Path(env.get("APPTAINER_TMPDIR") or env.get("TMPDIR") or "/tmp")
+
+
+def _unpacking_folder(env: Mapping[str, str]) -> tempfile.TemporaryDirectory[str]:
+    """A folder of this build's own, to be removed whole: Apptainer leaves an unpacked image there when it is ended."""
+    place = _temporary(env)
+    place.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(prefix="ziphius-image-", dir=place, ignore_cleanup_errors=True)
+
+
 def _run(command: tuple[str, ...], partial: Path, env: Mapping[str, str], on_progress: OnProgress) -> None:
-    """Apptainer's build to its end. ImageError with its reason; interrupted, it is ended too."""
+    """Apptainer's build to its end. ImageError with its reason; interrupted, it and all that it started is ended."""
+    run_id = uuid.uuid4().hex
     with subprocess.Popen(
-        command, env=dict(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, env={**env, RUN_ID: run_id}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as child:
         lines: list[str] = []
         assert child.stdout is not None
@@ -98,10 +114,7 @@ def _run(command: tuple[str, ...], partial: Path, env: Mapping[str, str], on_pro
                 _tell(lines, partial, on_progress)
                 time.sleep(_POLL_S)
         except BaseException:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(_STOP_S)
-            child.kill()
+            process.end_tree(process.Target(child.pid, process.identity(child.pid) or "", run_id), 0)
             raise
         reader.join()
     if child.returncode:
