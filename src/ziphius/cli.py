@@ -360,7 +360,8 @@ def _show_started(manager: Manager, started: Started, json: bool) -> None:
         cli_print.print_json(started.status)
         return
     record = manager.record(started.status.name)
-    cli_print.print_started(started, record is not None and record.resolved.config.api_key is not None)
+    assert record is not None  # it was written before anything ran
+    cli_print.print_started(started, record.resolved.config)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from ziphius.config import Resolved, option_fields
+from ziphius.config import Resolved, ServeConfig, option_fields
 
 if TYPE_CHECKING:  # rich takes long to import, and most verbs do without
     from rich.progress import Progress as Bars
@@ -80,14 +80,19 @@ def print_statuses(statuses: Iterable[Status]) -> None:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
 
 
-def print_started(started: Started, api_key: bool) -> None:
+def print_started(started: Started, config: ServeConfig) -> None:
+    """`config`: what was started."""
     status = started.status
+    if config.node_rank > 0:
+        print(f"{status.name} runs, as machine {config.node_rank} of {config.nnodes}: the API is machine 0's")
+        print(f"  pid    {status.pid}\n  log    {status.log}")
+        return
     print(f"{status.name} {'runs already' if started.already else 'runs'} at {status.url}")
     print(f"  model  {status.model}\n  pid    {status.pid}\n  log    {status.log}")
     if status.predicted_kv_tokens and status.kv_tokens:
         gap = (status.kv_tokens - status.predicted_kv_tokens) / status.predicted_kv_tokens
         print(f"  cache  {status.kv_tokens:,} tokens; {status.predicted_kv_tokens:,} were predicted ({gap:+.1%})")
-    key = ' -H "Authorization: Bearer $ZIPHIUS_API_KEY"' if api_key else ""
+    key = "" if config.api_key is None else ' -H "Authorization: Bearer $ZIPHIUS_API_KEY"'
     body = {"model": status.model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     text = msgspec.json.encode(body).decode().replace("'", "'\\''")
     print(f"Try it:\n  curl {status.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{text}'")

@@ -86,3 +86,13 @@ def test_a_slurm_script_is_printed(bench: SglangBench) -> None:
     assert "#SBATCH --nodes=2" in done.stdout
     assert not bench.home.exists()
     assert "Slurm" in run(bench, "slurm", "--submit", "--engine", "sglang", "--model", "a/b").stderr
+
+
+def test_a_machine_without_an_api_says_so(bench: SglangBench) -> None:
+    port = str(bench.resolved().config.port)
+    nodes = ["--tp", "2", "--nnodes", "2", "--node-rank", "1", "--dist-init-addr", "127.0.0.1:5000"]
+    started = run(bench, *LOCAL, "--model", str(bench.model), "--port", port, *nodes)
+    assert started.returncode == 0, started.stderr
+    assert "machine 1 of 2: the API is machine 0's" in started.stdout
+    assert "curl" not in started.stdout
+    assert run(bench, "stop").returncode == 0
