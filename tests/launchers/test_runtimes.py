@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -69,6 +70,13 @@ def test_apptainer_on_four_h200(tmp_path: Path) -> None:
     assert 200_000 < launch.predicted_kv_tokens < 225_000
     assert [file.told for file in launch.files] == ["api-key: ********"]
     assert msgspec.json.decode(launch.files[0].text) == {"api-key": "the-key"}
+
+
+def test_each_node_has_its_own_file_for_the_key(tmp_path: Path) -> None:
+    """They share the folder, start at once, and a file that another one replaces is gone for who has mounted it."""
+    nodes = {"nnodes": 2, "tp": 8, "dist_init_addr": "a:1", "runtime": "apptainer", "api_key": "the-key"}
+    launches = [launched(resolved(tmp_path, node_rank=rank, **nodes)) for rank in (0, 1)]
+    assert len({launch.files[0].path for launch in launches}) == 2
 
 
 def test_the_environment_in_an_image(tmp_path: Path) -> None:
@@ -217,3 +225,15 @@ class TestCommandLine:
     def test_a_proxys_password(self, tmp_path: Path) -> None:
         env = {**ENV, "HTTPS_PROXY": "http://me:word@proxy:3128"}
         assert "word@" not in command_line(launched(resolved(tmp_path, runtime="apptainer"), env), env)
+
+
+def test_the_command_in_the_docs_is_what_a_dry_run_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 1000)
+    (tmp_path / "me").mkdir()
+    monkeypatch.chdir(tmp_path / "me")
+    env = {"PATH": "/nowhere", "HOME": "/home/me", "HF_TOKEN": SECRET}
+    printed = command_line(launched(resolved(tmp_path, runtime="apptainer"), env), env)
+    printed = printed.replace(f"{tmp_path}/me/", "/home/me/").replace(str(tmp_path), "/models")
+    docs = (Path(__file__).parents[2] / "docs" / "sglang.md").read_text()
+    block = docs.partition("word by word\n")[2].split("```\n")[1]
+    assert re.sub(r" \\\n *", " ", block).strip() == printed

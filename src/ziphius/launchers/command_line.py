@@ -21,7 +21,8 @@ def command_line(launch: Launch, env: Mapping[str, str]) -> str:
     as comments.
     """
     lines = [f"# {note}" for note in launch.notes]
-    lines += [f"mkdir -p {shlex.quote(str(folder))}" for folder in launch.folders]
+    if launch.folders:
+        lines.append(shlex.join(["mkdir", "-p", *map(str, launch.folders)]))
     lines += [f"# {file.path} (readable by its owner only): {file.told}" for file in launch.files]
     if launch.stdin is not None:
         lines.append("# its configuration is written to its stdin")

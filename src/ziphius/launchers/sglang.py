@@ -109,8 +109,10 @@ def _compiled(resolved: Resolved, env: Mapping[str, str]) -> Path:
 
 def _secrets(resolved: Resolved, env: Mapping[str, str]) -> PrivateFile | None:
     """The API key in a file that only its owner reads. JSON is YAML."""
-    key = resolved.config.api_key
-    if key is None:
+    config = resolved.config
+    if config.api_key is None:
         return None
-    path = instances_folder(ziphius_home(env)) / resolved.config.name / "sglang.yaml"
-    return PrivateFile(path, msgspec.json.encode({"api-key": key}).decode() + "\n", "api-key: ********")
+    # The nodes of a job share this folder, and start at once.
+    file = "sglang.yaml" if config.nnodes == 1 else f"sglang-node-{config.node_rank}.yaml"
+    path = instances_folder(ziphius_home(env)) / config.name / file
+    return PrivateFile(path, msgspec.json.encode({"api-key": config.api_key}).decode() + "\n", "api-key: ********")
