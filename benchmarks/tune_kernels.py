@@ -290,29 +290,28 @@ def _tune_prompt_experts(tuner: Tuner, moe: MoEConfig, matrices: ExpertMatrices,
     for block_m in (64, 128):
         workspace = routing.RouteWorkspace.on(tuner.device)
         blocks = routing.align(tuner.gpu, routes, count, block_m, workspace)
-        firsts = [GroupedConfig(64, 64, 4, 4, True), GroupedConfig(128, 64, 3, 8, True)]
-        seconds = [GroupedConfig(128, 64, 4, 8, True, 8), GroupedConfig(256, 64, 4, 8, True, 4)]
-        if block_m == 64:
-            seconds += [GroupedConfig(128, 64, 4, 4, True, 8), GroupedConfig(256, 64, 4, 8, True, 20)]
-        else:
-            firsts += [GroupedConfig(128, 64, 4, 8, True), GroupedConfig(64, 64, 4, 8, True)]
-            seconds += [GroupedConfig(128, 64, 4, 8, True, 40), GroupedConfig(256, 64, 3, 8, True, 20)]
+        firsts = [GroupedConfig(128, 64, 4, 8), GroupedConfig(128, 64, 3, 8), GroupedConfig(64, 64, 3, 4)]
+        seconds = [
+            GroupedConfig(128, 64, 3, 8, 1), GroupedConfig(128, 64, 3, 8, 2), GroupedConfig(128, 64, 3, 8, 8),
+            GroupedConfig(128, 64, 4, 8, 8), GroupedConfig(128, 64, 3, 4, 8), GroupedConfig(256, 64, 4, 8, 4),
+        ]  # fmt: skip
         first = tuner.best(
             f"prompt 1 x {tokens}, blocks of {block_m}, {2 * flops / 1e9:.0f} GFLOP",
-            ((c, lambda i, c=c: lambda: experts.grouped_first(tuner.gpu, x, routes, blocks, matrices, c)) for c in firsts),
+            ((c, lambda i, c=c: lambda: experts.prompt_first(tuner.gpu, x, routes, blocks, matrices, c)) for c in firsts),
             2 * flops // 1000, 1,
         )  # fmt: skip
-        act = experts.grouped_first(tuner.gpu, x, routes, blocks, matrices, first)
+        act = experts.prompt_first(tuner.gpu, x, routes, blocks, matrices, first)
         second = tuner.best(
             f"prompt 2 x {tokens}, blocks of {block_m}, {flops / 1e9:.0f} GFLOP",
-            ((c, lambda i, c=c: lambda: experts.grouped_second(tuner.gpu, act, routes, blocks, matrices, c)) for c in seconds),
+            ((c, lambda i, c=c: lambda: experts.prompt_second(tuner.gpu, act, routes, blocks, matrices, c)) for c in seconds),
             flops // 1000, 1,
         )  # fmt: skip
         both = measure(
-            [lambda: experts.grouped_experts(tuner.gpu, x, routes, blocks, matrices, x, first, second)] * 3,
+            [lambda: experts.prompt_experts(tuner.gpu, x, routes, blocks, matrices, x, first, second)] * 3,
             tuner.device,
         )
-        found[block_m] = (both, {"block_m": block_m, "first": list(astuple(first)), "second": list(astuple(second))})
+        entry = {"block_m": block_m, "first": list(astuple(first)), "second": list(astuple(second)), "prompt": True}
+        found[block_m] = (both, entry)
     tuner.say(f"  {tokens} prompt tokens: " + ", ".join(f"blocks of {m}: {us:.0f} us" for m, (us, _) in found.items()))
     return min(found.values(), key=lambda one: one[0])[1]
 

@@ -12,6 +12,7 @@ from ziphius.kernels.gpu import activation, experts, norm, rotary, routing
 from ziphius.kernels.gpu.experts import ExpertMatrices, PairConfig
 from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.routing import Routes
+from ziphius.kernels.gpu.tuning import ExpertsPlan, GroupedPlan
 from ziphius.layers.cuda_weights import CudaKernels
 from ziphius.layers.quantization import DenseExperts, DenseWeight
 from ziphius.models.config import MoEConfig
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 _ROUTE_AT_ONCE = 20480
 """Values of all tokens up to which norm, router and top-k are one kernel, where each token reads the router alone."""
-_SHARED_AS_PAIRS = 256
-"""Tokens up to which shared experts go along with the routed ones; beyond, the library is faster at them."""
 
 
 class CudaOps:
@@ -59,8 +58,11 @@ class CudaOps:
         matrices = _matrices(routed)
         if matrices is None or gate.dtype != x.dtype:
             return None
+        count, hidden, width = matrices.down.shape
+        plan = self._kernels.tuned.experts(x.shape[0], count, hidden, width, moe.num_experts_per_tok)
         together = _with_shared(matrices, shared, moe)
-        if together is not None and (x.shape[0] <= _SHARED_AS_PAIRS or self._gpu.batch_invariant):
+        # For prompts the library is faster at shared experts.
+        if together is not None and not (isinstance(plan, GroupedPlan) and plan.prompt):
             matrices, shared = together, None
         normed, routes = self._route(x, norm, gate, moe, matrices)
         # Several ranks: one of them brings the residual into the sum, as the sum comes after.
@@ -69,7 +71,7 @@ class CudaOps:
             act = shared.activations(normed)
             part = shared.down_proj.weight(act) if residual is None else shared.down_proj.weight.onto(act, residual)
             residual = part
-        return parallel.all_reduce(self._experts(normed, routes, matrices, residual, moe))
+        return parallel.all_reduce(self._experts(normed, routes, matrices, residual, plan))
 
     def _route(
         self, x: Tensor, norm: RMSNorm, gate: Tensor, moe: MoEConfig, matrices: ExpertMatrices
@@ -82,20 +84,15 @@ class CudaOps:
         return normed, routing.top_k(self._gpu, logits, moe, shared, self._routing)
 
     def _experts(
-        self,
-        x: Tensor,
-        routes: Routes,
-        matrices: ExpertMatrices,
-        residual: Tensor | None,
-        moe: MoEConfig,
+        self, x: Tensor, routes: Routes, matrices: ExpertMatrices, residual: Tensor | None, plan: ExpertsPlan
     ) -> Tensor:
-        count, hidden, width = matrices.down.shape
-        gpu, tokens = self._gpu, x.shape[0]
-        plan = self._kernels.tuned.experts(tokens, count, hidden, width, moe.num_experts_per_tok)
+        gpu = self._gpu
         if isinstance(plan, PairConfig):
             return experts.pair_experts(gpu, x, routes, matrices, residual, plan)
-        blocks = routing.align(gpu, routes, count + matrices.shared, plan.block_m, self._routing)
-        return experts.grouped_experts(gpu, x, routes, blocks, matrices, residual, plan.first, plan.second)
+        count = matrices.down.shape[0] + matrices.shared
+        blocks = routing.align(gpu, routes, count, plan.block_m, self._routing)
+        compute = experts.prompt_experts if plan.prompt else experts.grouped_experts
+        return compute(gpu, x, routes, blocks, matrices, residual, plan.first, plan.second)
 
 
 def _matrices(routed: RoutedExperts) -> ExpertMatrices | None:

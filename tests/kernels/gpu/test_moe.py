@@ -9,7 +9,14 @@ import torch
 from gpu_helpers import DTYPES, assert_close, poison_memory
 from torch import Tensor
 
-from ziphius.kernels.gpu.experts import ExpertMatrices, GroupedConfig, experts_torch, grouped_experts, pair_experts
+from ziphius.kernels.gpu.experts import (
+    ExpertMatrices,
+    GroupedConfig,
+    experts_torch,
+    grouped_experts,
+    pair_experts,
+    prompt_experts,
+)
 from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.routing import ExpertBlocks, Routes, RouteWorkspace, align, route, route_torch, top_k
 from ziphius.models.config import MoEConfig
@@ -79,8 +86,7 @@ def make_matrices(device: torch.device, dtype: torch.dtype, shared: bool) -> Exp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("tokens_first", [True, False])
-def test_experts(device: torch.device, dtype: torch.dtype, shared: bool, tokens_first: bool) -> None:
+def test_experts(device: torch.device, dtype: torch.dtype, shared: bool) -> None:
     matrices = make_matrices(device, dtype, shared)
     x = torch.randn(6, 72, device=device).to(dtype)
     residual = torch.randn(6, 72, device=device).to(dtype)
@@ -95,13 +101,28 @@ def test_experts(device: torch.device, dtype: torch.dtype, shared: bool, tokens_
     poison_memory(device)
     assert_close(pair_experts(gpu, x, routes, matrices, residual), expected)
     blocks = align(gpu, routes, 14 if shared else 12, 16, RouteWorkspace.on(device))
-    first = GroupedConfig(16, 32, stages=2, tokens_first=tokens_first)
+    first = GroupedConfig(16, 32, stages=2)
     assert_close(
         grouped_experts(gpu, x, routes, blocks, matrices, residual, first, replace(first, block_n=32)), expected
     )
     assert_close(
         grouped_experts(gpu, x, routes, blocks, matrices, None, first, first), experts_torch(x, routes, matrices, None)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_experts_of_a_prompt(device: torch.device, dtype: torch.dtype, tiles: int) -> None:
+    """Several blocks of an expert, widths that blocks do not divide, and experts that nobody chose."""
+    matrices = make_matrices(device, dtype, shared=False)
+    x, residual = (torch.randn(40, 72, device=device).to(dtype) for _ in range(2))
+    ids = torch.stack([torch.randperm(9)[:3] for _ in range(40)]).to(device, torch.int32)
+    routes, gpu = Routes(ids, torch.rand(40, 3, device=device)), Gpu.of(device)
+    expected = experts_torch(x, routes, matrices, residual)
+    blocks = align(gpu, routes, 12, 16, RouteWorkspace.on(device))
+    poison_memory(device)
+    first, second = GroupedConfig(16, 32, stages=2), GroupedConfig(32, 16, stages=2, tiles=tiles)
+    assert_close(prompt_experts(gpu, x, routes, blocks, matrices, residual, first, second), expected)
 
 
 def test_unused_blocks_cost_nothing_and_change_nothing(device: torch.device) -> None:

@@ -40,8 +40,8 @@ def gate_up_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, num_pa
                     EVEN_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """act[p] = silu(gate x) * (up x) of pair p's expert and token. Grid: width blocks, expert blocks.
 
-    For few tokens a block: the weights are the tensor cores' first operand, and BLOCK_N gate rows lie over the
-    BLOCK_N up rows that belong to them in one tile.
+    The weights are the tensor cores' first operand, so that few tokens do not leave most of a tile empty, and BLOCK_N
+    gate rows lie over the BLOCK_N up rows that belong to them in one tile.
 
     The next kernel is let in only after the wait, so that it may read the blocks before its own.
     """
@@ -78,52 +78,10 @@ def gate_up_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, num_pa
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def gate_up_many_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, num_pairs, hidden, stride_x,
-                         EXPERTS: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
-                         PAIRS_PER_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
-                         PDL: tl.constexpr):  # fmt: skip
-    """As gate_up_kernel, for many tokens a block: they are the first operand, gate and up two products."""
-    block = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    wait_for_previous(PDL)
-    allow_next(PDL)
-    expert = tl.load(block_experts + block)
-    if expert >= 0:
-        pair = tl.load(pairs + block * BLOCK_M + tl.arange(0, BLOCK_M))
-        used = pair < num_pairs
-        token = tl.where(used, pair // PAIRS_PER_TOKEN, 0)
-        base, apart = _expert_gate(expert, gate_up, shared_gate_up, hidden, EXPERTS, WIDTH, SHARED)
-        row = tl.minimum(n, WIDTH - 1)
-        gate_at = base + row[:, None] * hidden + k[None, :]
-        up_at = base + (row + apart)[:, None] * hidden + k[None, :]
-        x_at = x + token.to(tl.int64)[:, None] * stride_x + k[None, :]
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in tl.range(0, hidden, BLOCK_K, num_stages=STAGES):
-            if EVEN_K:
-                x_tile = tl.load(x_at + start)
-                gate_tile = tl.load(gate_at + start)
-                up_tile = tl.load(up_at + start)
-            else:
-                inside = (start + k < hidden)[None, :]
-                x_tile = tl.load(x_at + start, mask=inside, other=0.0)
-                gate_tile = tl.load(gate_at + start, mask=inside, other=0.0)
-                up_tile = tl.load(up_at + start, mask=inside, other=0.0)
-            gate = tl.dot(x_tile, tl.trans(gate_tile), gate, input_precision="ieee")
-            up = tl.dot(x_tile, tl.trans(up_tile), up, input_precision="ieee")
-        value = gate / (1.0 + tl.exp(-gate)) * up
-        at = act + pair.to(tl.int64)[:, None] * WIDTH + n[None, :]
-        tl.store(at, value.to(act.dtype.element_ty), mask=used[:, None] & (n < WIDTH)[None, :])
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
 def down_kernel(act, down, shared_down, out, weights, pairs, block_experts, num_pairs, hidden,
                  EXPERTS: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-                 STAGES: tl.constexpr, TOKENS_FIRST: tl.constexpr, PREFETCH: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+                 STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[p] = weight of pair p x (down act[p]). Grid: groups of TILES hidden blocks, expert blocks.
 
     A product of so few columns is over before its loads have come: so one loop runs over the columns of all TILES
@@ -151,10 +109,7 @@ def down_kernel(act, down, shared_down, out, weights, pairs, block_experts, num_
         act_at = act + source.to(tl.int64)[:, None] * WIDTH + k[None, :]
         out_at = out + pair.to(tl.int64)[:, None] * hidden
         first = tl.program_id(0) * TILES * BLOCK_N + j
-        if TOKENS_FIRST:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        else:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for i in tl.range(0, TILES * STEPS, num_stages=STAGES):
             n = first + i // STEPS * BLOCK_N
             start = i % STEPS * BLOCK_K
@@ -166,15 +121,9 @@ def down_kernel(act, down, shared_down, out, weights, pairs, block_experts, num_
                 inside = (start + k < WIDTH)[None, :]
                 act_tile = tl.load(act_at + start, mask=inside, other=0.0)
                 down_tile = tl.load(down_at, mask=inside, other=0.0)
-            if TOKENS_FIRST:
-                acc = tl.dot(act_tile, tl.trans(down_tile), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(down_tile, tl.trans(act_tile), acc, input_precision="ieee")
+            acc = tl.dot(down_tile, tl.trans(act_tile), acc, input_precision="ieee")
             if i % STEPS == STEPS - 1:
-                if TOKENS_FIRST:
-                    value = acc * share[:, None]
-                else:
-                    value = tl.trans(acc) * share[:, None]
+                value = tl.trans(acc) * share[:, None]
                 inside_out = used[:, None] & (n < hidden)[None, :]
                 tl.store(out_at + n[None, :], value.to(out.dtype.element_ty), mask=inside_out)
                 acc = tl.zeros_like(acc)

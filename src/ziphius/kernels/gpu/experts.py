@@ -1,8 +1,8 @@
-"""All experts of one layer in two launches, for tokens sorted by expert; what `routing` decides, this computes.
+"""All experts of one layer in two launches, pair by pair or sorted by expert; what `routing` decides, this computes.
 
 First launch: gather, both halves of the first product, silu(gate) * up. Second: the second product times the route's
-weight, one row a pair. A third, small one sums a token's pairs onto the residual. Shared experts are pairs of experts
-E, E + 1, ...: equal slices, of one expert's width, of the shared MLP's own matrices.
+weight, one row a pair. A third, small one sums a token's pairs onto the residual. For few tokens shared experts are
+pairs of experts E, E + 1, ...: equal slices, of one expert's width, of the shared MLP's own matrices.
 
 Weights in bf16, fp16 or float32; another format is another pair of kernels behind layers/cuda_weights.
 """
@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ziphius.kernels.gpu.expert_kernels import (
     down_kernel,
     gate_up_kernel,
-    gate_up_many_kernel,
     pair_down_kernel,
     pair_gate_up_kernel,
     sum_pairs_kernel,
 )
+from ziphius.kernels.gpu.expert_prompt_kernels import prompt_down_kernel, prompt_gate_up_kernel
 from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.routing import ExpertBlocks, Routes
 
@@ -62,8 +63,6 @@ class GroupedConfig:
     block_k: int
     stages: int = 4
     warps: int = 4
-    tokens_first: bool = False
-    """Orientation: tokens as the tensor cores' first operand (many tokens a block), or the weights (few)."""
     tiles: int = 1
     """Second product: blocks of block_n rows that a program computes one after another."""
 
@@ -130,8 +129,7 @@ def grouped_first(
     hidden, width, pairs = x.shape[1], matrices.down.shape[2], routes.ids.numel()
     config = config.for_values_of(x.element_size())
     act = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    kernel = gate_up_many_kernel if config.tokens_first else gate_up_kernel
-    kernel[(triton.cdiv(width, config.block_n), blocks.experts.shape[0])](
+    gate_up_kernel[(triton.cdiv(width, config.block_n), blocks.experts.shape[0])](
         x, matrices.gate_up, matrices.shared_or_own[0], act, blocks.pairs, blocks.experts, pairs, hidden,
         x.stride(0), EXPERTS=matrices.down.shape[0], WIDTH=width, SHARED=matrices.shared,
         PAIRS_PER_TOKEN=routes.ids.shape[1], BLOCK_M=blocks.block_size, BLOCK_N=config.block_n,
@@ -152,15 +150,62 @@ def grouped_second(
         act, matrices.down, matrices.shared_or_own[1], out, routes.weights, blocks.pairs, blocks.experts, pairs,
         hidden, EXPERTS=matrices.down.shape[0], WIDTH=width, SHARED=matrices.shared, BLOCK_M=blocks.block_size,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILES=config.tiles, STAGES=config.stages,
-        TOKENS_FIRST=config.tokens_first, PREFETCH=_prefetches(config, width * act.element_size()),
-        num_warps=config.warps, **gpu.overlap,
+        PREFETCH=_prefetches(config, width * act.element_size()), num_warps=config.warps, **gpu.overlap,
     )  # fmt: skip
     return out
 
 
 def _prefetches(config: GroupedConfig, row_bytes: int) -> bool:
     """Whether programs of the second product bring their first rows into L2: a row a thread, in 16-byte units."""
-    return not config.tokens_first and config.block_n <= 32 * config.warps and row_bytes % 16 == 0
+    return config.block_n <= 32 * config.warps and row_bytes % 16 == 0
+
+
+def prompt_experts(
+    gpu: Gpu,
+    x: Tensor,
+    routes: Routes,
+    blocks: ExpertBlocks,
+    matrices: ExpertMatrices,
+    residual: Tensor | None,
+    first: GroupedConfig,
+    second: GroupedConfig,
+) -> Tensor:
+    """As `grouped_experts`, for many tokens an expert, and without shared experts."""
+    act = prompt_first(gpu, x, routes, blocks, matrices, first)
+    return _sum_pairs(gpu, prompt_second(gpu, act, routes, blocks, matrices, second), x.shape[0], residual)
+
+
+def prompt_first(
+    gpu: Gpu, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+) -> Tensor:
+    """x [T, hidden] -> silu(gate) * up in the blocks' order [blocks * block_size, I]; unused places unwritten."""
+    hidden, width, size = x.shape[1], matrices.down.shape[2], blocks.block_size
+    config = config.for_values_of(x.element_size())
+    act = torch.empty((blocks.pairs.shape[0], width), dtype=x.dtype, device=x.device)
+    gate_up = TensorDescriptor.from_tensor(matrices.gate_up.flatten(0, 1), [config.block_n, config.block_k])
+    prompt_gate_up_kernel[(triton.cdiv(width, config.block_n), blocks.experts.shape[0])](
+        x, gate_up, act, blocks.pairs, blocks.experts, routes.ids.numel(), hidden, x.stride(0), WIDTH=width,
+        PAIRS_PER_TOKEN=routes.ids.shape[1], BLOCK_M=size, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        STAGES=config.stages, EVEN_K=hidden % config.block_k == 0, num_warps=config.warps, **gpu.overlap,
+    )  # fmt: skip
+    return act
+
+
+def prompt_second(
+    gpu: Gpu, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+) -> Tensor:
+    """act in the blocks' order -> each pair's share of its token's sum [pairs, hidden]."""
+    hidden, width = matrices.down.shape[1:]
+    config = config.for_values_of(act.element_size())
+    out = torch.empty((routes.ids.numel(), hidden), dtype=act.dtype, device=act.device)
+    places = TensorDescriptor.from_tensor(act, [blocks.block_size, config.block_k])
+    down = TensorDescriptor.from_tensor(matrices.down.flatten(0, 1), [config.block_n, config.block_k])
+    prompt_down_kernel[(triton.cdiv(hidden, config.block_n * config.tiles), blocks.experts.shape[0])](
+        places, down, out, routes.weights, blocks.pairs, blocks.experts, routes.ids.numel(), hidden, WIDTH=width,
+        BLOCK_M=blocks.block_size, BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILES=config.tiles,
+        STAGES=config.stages, num_warps=config.warps, **gpu.overlap,
+    )  # fmt: skip
+    return out
 
 
 def experts_torch(x: Tensor, routes: Routes, matrices: ExpertMatrices, residual: Tensor | None) -> Tensor:

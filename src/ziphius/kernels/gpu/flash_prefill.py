@@ -32,9 +32,9 @@ class Tiles:
 class FlashConfig:
     """How a program goes through its keys."""
 
-    block_kv: int = 64
+    block_kv: int = 32
     stages: int = 3
-    warps: int = 8
+    warps: int = 4
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def flash_prefill(
     tiles have queries. The last dimension of each is contiguous."""
     heads, dim, value = q.shape[1], k.shape[2], v.shape[2]
     pe = 0 if k_pe is None else k_pe.shape[1]
-    config = config or (FlashConfig(32, 2) if q.element_size() == 4 else FlashConfig())
+    config = config or (FlashConfig(32, 2, 8) if q.element_size() == 4 else FlashConfig())
     shared = q if k_pe is None else k_pe
     _flash_kernel[(heads, tiles.table.shape[0])](
         q, k, shared, v, out, tiles.table, scale * _LOG2E, q.stride(0), q.stride(1), k.stride(0), k.stride(1),

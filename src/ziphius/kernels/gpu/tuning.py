@@ -5,7 +5,8 @@
  "skinny": {"ROWSxCOLUMNS": {"TOKENS": [SkinnyConfig's fields] | null}},
  "mla": {"HEADSxLORA": {"TOKENS": [splits, then MLAConfig's fields]}},
  "experts": {"EXPERTSxHIDDENxWIDTH": {"TOKENS": {"pairs": [PairConfig's fields]} |
-                                                {"block_m": B, "first": [GroupedConfig's fields], "second": [...]}}}}
+                                                {"block_m": B, "first": [GroupedConfig's fields], "second": [...],
+                                                 "prompt": true where many tokens an expert are computed}}}}
 A number of tokens means: up to so many; null: the library is faster. What is not there is guessed from sizes.
 """
 
@@ -34,6 +35,8 @@ class GroupedPlan:
     block_m: int
     first: GroupedConfig
     second: GroupedConfig
+    prompt: bool = False
+    """Many tokens an expert: prompt_experts', which knows no shared experts."""
 
 
 ExpertsPlan = PairConfig | GroupedPlan
@@ -87,7 +90,8 @@ class Tuned:
         best = _up_to(by_tokens, tokens)
         if "pairs" in best:
             return PairConfig(*best["pairs"])
-        return GroupedPlan(best["block_m"], GroupedConfig(*best["first"]), GroupedConfig(*best["second"]))
+        first, second = GroupedConfig(*best["first"]), GroupedConfig(*best["second"])
+        return GroupedPlan(best["block_m"], first, second, best.get("prompt", False))
 
 
 def guess_skinny(gpu: Gpu, tokens: int, rows: int, columns: int) -> SkinnyConfig:
@@ -105,11 +109,12 @@ def guess_experts(tokens: int, experts: int, hidden: int, width: int, top_k: int
     if tokens <= 4:
         return pair_config(hidden, width, 2)
     share = tokens * top_k / experts
-    if share <= 24:
+    # Tensor descriptors, which prompts are computed by, want rows of whole 16 bytes.
+    if share <= 24 or hidden % 8 or width % 8:
         return GroupedPlan(16, GroupedConfig(32, 128), GroupedConfig(64, 128, tiles=8))
     if share <= 96:
-        return GroupedPlan(64, GroupedConfig(64, 64, 4, 4, True), GroupedConfig(64, 64, 4, 4, True, tiles=8))
-    return GroupedPlan(128, GroupedConfig(128, 64, 3, 8, True), GroupedConfig(128, 64, 4, 8, True, tiles=8))
+        return GroupedPlan(64, GroupedConfig(64, 64, 4, 4), GroupedConfig(128, 64, 3, 4, tiles=8), prompt=True)
+    return GroupedPlan(128, GroupedConfig(128, 64, 3, 8), GroupedConfig(128, 64, 3, 8, tiles=2), prompt=True)
 
 
 def _up_to(by_tokens: Mapping[str, Any], tokens: int) -> Any:
