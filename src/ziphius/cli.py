@@ -153,7 +153,7 @@ def _run_engine(resolved: Resolved, force: bool) -> int:
     launch = engine_launcher(force=force)(resolved, os.environ)
     for line in launch.notes:
         note(line)
-    return run(launch, resolved.config.drain_timeout)
+    return run(launch, resolved.config.drain_timeout, follows=resolved.config.node_rank > 0)
 
 
 def _serve(resolved: Resolved) -> int:
@@ -163,7 +163,8 @@ def _serve(resolved: Resolved) -> int:
     from ziphius.manager.foreground import drain_on_signal
     from ziphius.server.launch import serve as run
 
-    drain_on_signal()
+    if resolved.config.node_rank == 0:  # the others end when it has
+        drain_on_signal()
     log.configure(resolved.config.log_level)
     try:
         return run(resolved)
@@ -197,7 +198,8 @@ def stop(
     for each in names:
         before = manager.stop(each, drain_timeout, _waiting())
         if before.state.alive:
-            print(f"{each} is stopped (it was {before.state}, pid {before.pid})")
+            what = f"pid {before.pid}" if before.job is None else f"job {before.job}"
+            print(f"{each} is stopped (it was {before.state}, {what})")
         else:
             print(f"{each} was not running" + (f": {before.reason}" if before.reason else ""))
 

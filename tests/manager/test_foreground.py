@@ -32,13 +32,15 @@ RUNNER = """
 import os, sys
 from ziphius.launchers.launcher import Launch
 from ziphius.manager.foreground import run
-sys.exit(run(Launch((sys.executable, "-c", sys.argv[1], sys.argv[2]), dict(os.environ), None), 5.0))
+launch = Launch((sys.executable, "-c", sys.argv[1], sys.argv[2]), dict(os.environ), None)
+sys.exit(run(launch, 5.0, follows=sys.argv[4] == "follows"))
 """
 
 
 @pytest.fixture
 def running(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    argv = [sys.executable, "-c", RUNNER, ENGINE, str(request.param), str(tmp_path)]
+    seconds, role = request.param
+    argv = [sys.executable, "-c", RUNNER, ENGINE, str(seconds), str(tmp_path), role]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline().startswith("up")
@@ -58,7 +60,7 @@ def left() -> list[psutil.Process]:
     return [each for each in found if each.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("running", [600], indirect=True)
+@pytest.mark.parametrize("running", [(600, "alone")], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGURG])
 def test_a_signal_drains_it_and_ends_its_workers(running: subprocess.Popen[str], number: int) -> None:
     assert len(left()) == 2
@@ -69,10 +71,21 @@ def test_a_signal_drains_it_and_ends_its_workers(running: subprocess.Popen[str],
     assert left() == []
 
 
-@pytest.mark.parametrize("running", [0.5], indirect=True)
+@pytest.mark.parametrize("running", [(0.5, "alone")], indirect=True)
 def test_its_own_end_is_told_and_its_workers_end_too(running: subprocess.Popen[str]) -> None:
     assert running.wait(30) == 7
     deadline = time.monotonic() + 10
     while left():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("running", [(600, "follows")], indirect=True)
+def test_a_part_of_another_machines_server_leaves_the_drain_to_that_one(running: subprocess.Popen[str]) -> None:
+    os.kill(running.pid, signal.SIGURG)
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.wait(1)
+    assert len(left()) == 2
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait(30) == 0
+    assert left() == []

@@ -21,13 +21,15 @@ def drain_on_signal() -> None:
     signal.signal(DRAIN_SIGNAL, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def run(launch: Launch, drain_s: float) -> int:
+def run(launch: Launch, drain_s: float, *, follows: bool = False) -> int:
     """Run it to its end, its output being ours; the exit status. SIGTERM, SIGINT and DRAIN_SIGNAL end it in order.
 
+    `follows`: it is a part of another machine's server and ends when that one has; DRAIN_SIGNAL, which goes to all
+    machines, is for that one: without this part it could finish no request.
     StartFailed when it cannot be started. In any case nothing of it is left afterwards.
     """
     asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, DRAIN_SIGNAL):
+    for number in (signal.SIGTERM, signal.SIGINT, *(() if follows else (DRAIN_SIGNAL,))):
         signal.signal(number, lambda number, _: asked.append(number))
     run_id = uuid.uuid4().hex
     try:
