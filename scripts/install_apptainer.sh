@@ -9,6 +9,8 @@ set -euo pipefail
 prefix=${1:?usage: install_apptainer.sh PREFIX}
 mkdir -p "$prefix"
 prefix=$(cd "$prefix" && pwd)
+exec 9<"$prefix"
+! command -v flock >/dev/null || flock 9 # two at once would work in the same place
 [ ! -e "$prefix/.installed" ] || exit 0
 
 say() { printf '%s\n' "$*" >&2; }

@@ -12,13 +12,15 @@ python=${2:-python3}
 version=0.5.23
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
-[ "$(cat "$dir/.sglang-version" 2>/dev/null)" != "$version" ] || exit 0
+exec 9<"$dir"
+! command -v flock >/dev/null || flock 9 # two at once would work in the same place
+[ "$(cat "$dir/.sglang-version" 2>/dev/null)" != "$version" ] || ! "$dir/bin/python" -c '' 2>/dev/null || exit 0
 
 die() { printf 'install_sglang_cpu.sh: %s\n' "$*" >&2; exit 1; }
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "$python is older than 3.11"
 "$python" -m venv --clear "$dir"
 pip() {
-  "$dir/bin/python" -m pip --disable-pip-version-check --no-input install --quiet --retries 10 --timeout 60 "$@" \
+  "$dir/bin/python" -m pip --disable-pip-version-check --no-input install --quiet --retries 5 --timeout 20 "$@" \
     >"$dir/install.log" 2>&1 || die "pip failed: $(grep -v '^WARNING' "$dir/install.log" | tail -n 2)"
 }
 pip ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch==2.13.0

@@ -7,6 +7,8 @@ set -euo pipefail
 prefix=${1:?usage: install_slurm.sh PREFIX}
 mkdir -p "$prefix"
 prefix=$(cd "$prefix" && pwd)
+exec 9<"$prefix"
+! command -v flock >/dev/null || flock 9 # two at once would work in the same place
 [ ! -e "$prefix/.installed" ] || exit 0
 die() { printf 'install_slurm.sh: %s\n' "$*" >&2; exit 1; }
 for needed in apt-get dpkg-deb; do

@@ -1,8 +1,12 @@
 """Real Apptainer and real SGLang, found or installed by the project's own scripts; where that cannot be, the reason.
 
 ZIPHIUS_TEST_APPTAINER names a folder that scripts/install_apptainer.sh has filled (or may fill); without it one on the
-PATH is taken, else one is installed into the user's cache. ZIPHIUS_TEST_SGLANG_PYTHON names a Python that has
-SGLang (scripts/install_sglang_cpu.sh makes one). In CI (the variable CI is set) a skip for Apptainer is a failure.
+PATH is taken, else one is installed into the user's cache. In CI (the variable CI is set) a skip for it is a failure.
+
+ZIPHIUS_TEST_SGLANG_PYTHON names a Python that has SGLang; without it the one in the user's cache is taken. As it takes
+1.7 GB, it is installed there in CI only. Where it cannot be, its tests are skipped with the reason, in CI too.
+
+ZIPHIUS_TEST_SLURM: as ZIPHIUS_TEST_APPTAINER, for scripts/install_slurm.sh; its tests are skipped with the reason too.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +26,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 _INSTALL_S = 240
+_INSTALL_SGLANG_S = 420
 
 
 def load(path: Path) -> ModuleType:
@@ -48,6 +54,52 @@ def unavailable(reason: str) -> None:
     pytest.skip(reason)
 
 
+def cache_folder(name: str) -> str:
+    """Where a program that tests need is installed, once for all runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(cache) / "ziphius-tests" / name)
+
+
+def why_not_installed(script: str, folder: str, seconds: float = _INSTALL_S) -> str | None:
+    """Run one of the project's scripts: None when `folder` has the program, else the reason."""
+    argv = [str(SCRIPTS / script), folder]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as running:  # fmt: skip
+        try:
+            said = running.communicate(timeout=seconds)[1]
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)
+            return f"{script} took more than {seconds:g} s"
+    return None if running.returncode == 0 else said.strip()[-400:] or f"{script} failed without a word"
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    """A Python of this machine that has real SGLang."""
+    named = os.environ.get("ZIPHIUS_TEST_SGLANG_PYTHON")
+    if named:
+        return named
+    folder = cache_folder("sglang-cpu")
+    if not (os.environ.get("CI") or Path(folder, ".sglang-version").exists()):
+        pytest.skip(f"SGLang is not here: `scripts/install_sglang_cpu.sh {folder}` installs it, 1.7 GB")
+    reason = why_not_installed("install_sglang_cpu.sh", folder, _INSTALL_SGLANG_S)
+    if reason is not None:
+        pytest.skip(f"SGLang cannot be installed here: {reason}")
+    return f"{folder}/bin/python"
+
+
+@pytest.fixture(scope="session")
+def installed_slurm() -> str:
+    """The folder that has Slurm's programs."""
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons are run as root")
+    prefix = os.environ.get("ZIPHIUS_TEST_SLURM") or cache_folder("slurm")
+    reason = why_not_installed("install_slurm.sh", prefix)
+    if reason is not None:
+        pytest.skip(f"Slurm cannot be installed here: {reason}")
+    return prefix
+
+
 @pytest.fixture(scope="session")
 def apptainer_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which `apptainer` is a real one that runs, with caches of its own."""
@@ -58,13 +110,11 @@ def apptainer_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         env[f"APPTAINER_{name}"] = str(own / name)
     prefix = os.environ.get("ZIPHIUS_TEST_APPTAINER")
     if prefix is None and shutil.which("apptainer") is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        prefix = str(Path(cache) / "ziphius-tests" / "apptainer")
+        prefix = cache_folder("apptainer")
     if prefix is not None:
-        done = subprocess.run([str(SCRIPTS / "install_apptainer.sh"), prefix], capture_output=True, text=True,
-                              timeout=_INSTALL_S, check=False)  # fmt: skip
-        if done.returncode:
-            unavailable(f"Apptainer cannot be installed here: {done.stderr.strip()[-400:]}")
+        reason = why_not_installed("install_apptainer.sh", prefix)
+        if reason is not None:
+            unavailable(f"Apptainer cannot be installed here: {reason}")
         env["PATH"] = f"{prefix}/bin:{env['PATH']}"
     return env
 

@@ -51,6 +51,13 @@ def add_libraries(root: Path, folder: Path) -> None:
                 _copy(needed, root)
 
 
+def point_to_interpreter(environment: Path, python: Path) -> None:
+    """Let the virtual environment `environment`, a copy, run `python` itself, by whatever links it was made."""
+    link = environment / "bin" / "python3"
+    link.unlink()
+    link.symlink_to(python.resolve())
+
+
 def _copy(path: Path, root: Path) -> None:
     """As it is called, links followed: the dynamic linker looks libraries up by the name that `ldd` tells."""
     target = root / str(path).lstrip("/")

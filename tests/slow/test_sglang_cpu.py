@@ -1,13 +1,11 @@
-"""Real SGLang on this machine's CPU through `--engine sglang --runtime local`: what a user does, one after another.
-
-ZIPHIUS_TEST_SGLANG_PYTHON names a Python that has it; scripts/install_sglang_cpu.sh makes one.
-"""
+"""Real SGLang on this machine's CPU, in a Python and in an image: what a user does, one after another."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +20,8 @@ import httpx
 import openai
 import psutil
 import pytest
+
+from ziphius.launchers.sglang_log import lines_of, read_state
 
 ON_A_CPU = (
     "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule",
@@ -62,16 +62,6 @@ class User:
 
 
 @pytest.fixture(scope="module")
-def python() -> str:
-    path = os.environ.get("ZIPHIUS_TEST_SGLANG_PYTHON")
-    if not path:
-        pytest.skip(
-            "ZIPHIUS_TEST_SGLANG_PYTHON names no Python that has SGLang; scripts/install_sglang_cpu.sh makes one"
-        )
-    return path
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two small layers with random weights, and a tokenizer with a chat template."""
     import torch
@@ -98,9 +88,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
-    home = tmp_path_factory.mktemp("home")
+@pytest.fixture
+def user(tmp_path: Path) -> Iterator[User]:
+    home = tmp_path / "home"
     env = {name: value for name, value in os.environ.items() if not name.startswith("ZIPHIUS_")}
     env |= {"ZIPHIUS_HOME": str(home), "SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1",
             "NO_COLOR": "1"}  # fmt: skip
@@ -129,11 +119,22 @@ def wait_until(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def test_the_acts_of_a_user(user: User, python: str, model: Path) -> None:
+def phases(log: str) -> list[str]:
+    """What one is told who reads the log with every line."""
+    lines = lines_of(log)
+    seen = [read_state("\n".join(lines[:count])).progress.phase for count in range(1, len(lines) + 1)]
+    return list(dict.fromkeys(seen))
+
+
+def test_the_acts_of_a_user(user: User, sglang_python: str, model: Path) -> None:
     port = free_port()
-    started = user(*start_words(python, model, port))
-    phases = [line.split(" ...")[0] for line in started.stderr.splitlines() if " ..." in line]
-    assert {"loading", "cache"} <= set(phases), started.stderr
+    started = user(*start_words(sglang_python, model, port))
+    # A phase of this small model may be over before anybody looks.
+    told = [line.split(" ...")[0] for line in started.stderr.splitlines() if " ..." in line]
+    in_the_log = phases((user.home / "instances/default/server.log").read_text())
+    assert in_the_log == ["starting", "joining", "loading", "cache", "warm-up"]
+    assert [phase for phase in in_the_log if phase in told] == told, started.stderr
+    assert told
     assert f"http://127.0.0.1:{port}" in started.stdout
 
     status = user.status()
@@ -165,8 +166,8 @@ def test_the_acts_of_a_user(user: User, python: str, model: Path) -> None:
     assert user.status()["state"] == "stopped"
 
 
-def test_a_killed_rank_is_a_failure_that_leaves_nothing(user: User, python: str, model: Path) -> None:
-    user(*start_words(python, model, free_port()))
+def test_a_killed_rank_is_a_failure_that_leaves_nothing(user: User, sglang_python: str, model: Path) -> None:
+    user(*start_words(sglang_python, model, free_port()))
     main = psutil.Process(user.status()["pid"])
     pids = [main.pid, *(p.pid for p in main.children(recursive=True))]
     ranks = [p for p in main.children(recursive=True) if "schedul" in " ".join(p.cmdline())]
@@ -177,24 +178,40 @@ def test_a_killed_rank_is_a_failure_that_leaves_nothing(user: User, python: str,
     wait_until(lambda: not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"])
 
 
-def test_a_wrong_argument_is_explained(user: User, python: str, model: Path) -> None:
-    words = [*start_words(python, model, free_port()), "--frobnicate"]
+def test_a_killed_server_is_told_as_that(user: User, sglang_python: str, model: Path) -> None:
+    """And not by an exception that its log has of the start, which it outlived."""
+    words = start_words(sglang_python, model, free_port())
+    user(*words)
+    status = user.status()
+    pids = [status["pid"], *(p.pid for p in psutil.Process(status["pid"]).children(recursive=True))]
+    os.kill(status["pid"], signal.SIGKILL)
+    wait_until(lambda: user.status()["state"] == "failed")
+    assert "it was killed" in user.status()["reason"]
+    user("stop", wanted=None)
+    assert [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"] == []
+
+
+def test_a_wrong_argument_is_explained(user: User, sglang_python: str, model: Path) -> None:
+    words = [*start_words(sglang_python, model, free_port()), "--frobnicate"]
     done = user(*words, wanted=1)
     assert "SGLang does not know --frobnicate" in done.stderr
 
 
 @pytest.fixture(scope="module")
-def sglang_image(python: str, apptainer_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """That very SGLang in a SIF: some hundred MB, half a minute."""
+def sglang_image(
+    sglang_python: str, apptainer_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """That very SGLang in a SIF: half a GB, half a minute."""
     root_of = load(Path(__file__).with_name("python_root.py"))
     folder = tmp_path_factory.mktemp("sglang-image")
-    root = root_of.make_root(folder / "root", of=Path(python).resolve(), programs=("lscpu",))
-    environment = Path(python).absolute().parents[1]
+    root = root_of.make_root(folder / "root", of=Path(sglang_python).resolve(), programs=("lscpu",))
+    environment = Path(sglang_python).absolute().parents[1]
     inside = root / "opt" / "sglang"
     inside.parent.mkdir(parents=True)
     # Linked, where the disk is the same: it is as large as all of the rest.
     if subprocess.run(["cp", "-al", environment, inside], capture_output=True, check=False).returncode:
         subprocess.run(["cp", "-a", environment, inside], check=True)
+    root_of.point_to_interpreter(inside, Path(sglang_python))
     root_of.add_libraries(root, inside)
     program = root / "usr" / "local" / "bin" / "python3"
     program.parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +222,8 @@ def sglang_image(python: str, apptainer_env: dict[str, str], tmp_path_factory: p
     built = subprocess.run(words, env=apptainer_env, capture_output=True, text=True, timeout=400, check=False)
     assert built.returncode == 0, built.stderr
     assert json.loads(built.stdout)["sglang_version"].startswith("0.5.")
-    return image
+    yield image
+    shutil.rmtree(folder)
 
 
 def test_the_same_sglang_in_an_image(
