@@ -86,7 +86,7 @@ EngineArguments = Annotated[
         metavar="[-- ARGUMENT ...]", help="For --engine sglang: further arguments of SGLang.", show_default=False
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="For --engine sglang: start though the plan says no.")]
+Force = Annotated[bool, typer.Option("--force", help="Start though the plan says no.")]
 
 
 def with_engine_arguments(flags: dict[str, Any], words: list[str] | None) -> dict[str, Any]:

@@ -90,8 +90,11 @@ def print_started(started: Started, config: ServeConfig) -> None:
     print(f"{status.name} {'runs already' if started.already else 'runs'} at {status.url}")
     print(f"  model  {status.model}\n  pid    {status.pid}\n  log    {status.log}")
     if status.predicted_kv_tokens and status.kv_tokens:
-        gap = (status.kv_tokens - status.predicted_kv_tokens) / status.predicted_kv_tokens
-        print(f"  cache  {status.kv_tokens:,} tokens; {status.predicted_kv_tokens:,} were predicted ({gap:+.1%})")
+        from ziphius.planner.measured import TOLERANCE, gap_of  # here: `status` does without it
+
+        gap = gap_of(status.predicted_kv_tokens, status.kv_tokens)
+        more = f", more than {TOLERANCE:.0%} off" if abs(gap) > TOLERANCE else ""
+        print(f"  cache  {status.kv_tokens:,} tokens; {status.predicted_kv_tokens:,} were predicted ({gap:+.1%}{more})")
     key = "" if config.api_key is None else ' -H "Authorization: Bearer $ZIPHIUS_API_KEY"'
     body = {"model": status.model, "messages": [{"role": "user", "content": "What is the capital of France?"}]}
     text = msgspec.json.encode(body).decode().replace("'", "'\\''")

@@ -1,4 +1,4 @@
-"""The plan inside `start`, and predicted against measured."""
+"""The plan inside `start`: what a config asks of a host."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ from ziphius.config import ServeConfig
 from ziphius.engine.precision import resolve_precision
 from ziphius.errors import ConfigError, DoesNotFit
 from ziphius.models.config import ModelConfig
-from ziphius.planner.check import Prediction, check_start, compare, formats_of, predict, request_of
+from ziphius.planner.check import check_start, formats_of, request_of
+from ziphius.planner.find_model import ModelSource, Quantization
 from ziphius.planner.hardware import Host, times
 from ziphius.planner.memory import weight_bytes
 
 GetHost = Callable[[str], Host]
+MakeSource = Callable[..., ModelSource]
 
 
-def test_what_fits_is_predicted(v2_lite: ModelConfig, host: GetHost) -> None:
-    plan = check_start(ServeConfig(model="/models/V2-Lite"), v2_lite, host("1xh200"), torch_cuda=True)
-    expected = predict(plan)
-    assert expected.weight_bytes == weight_bytes(v2_lite, 1, "bf16").total
+def test_what_fits_is_predicted(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    plan = check_start(ServeConfig(), source(v2_lite, name="V2-Lite"), host("1xh200"), torch_cuda=True)
+    expected = plan.shown
+    assert expected is not None
+    assert expected.weights == weight_bytes(v2_lite, 1, "bf16")
     assert expected.kv_bytes_per_token == 27 * 576 * 2
     assert expected.kv_tokens > 3_000_000
     assert plan.model.name == "V2-Lite"
 
 
-def test_auto_means_what_it_means_to_the_engine(v2_lite: ModelConfig, host: GetHost) -> None:
-    assert request_of(ServeConfig(), host("1xh200"), torch_cuda=True).device == "cuda"
-    assert request_of(ServeConfig(), host("1xh200"), torch_cuda=False).device == "cpu"
-    assert request_of(ServeConfig(device="cpu"), host("1xh200"), torch_cuda=True).device == "cpu"
-    plan = check_start(ServeConfig(model="m"), v2_lite, host("1xh200"), torch_cuda=False)
+def test_auto_means_what_it_means_to_the_engine(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    lite = source(v2_lite)
+    assert request_of(ServeConfig(), host("1xh200"), lite, torch_cuda=True).device == "cuda"
+    assert request_of(ServeConfig(), host("1xh200"), lite, torch_cuda=False).device == "cpu"
+    assert request_of(ServeConfig(device="cpu"), host("1xh200"), lite, torch_cuda=True).device == "cpu"
+    plan = check_start(ServeConfig(model="m"), source(v2_lite), host("1xh200"), torch_cuda=False)
     assert plan.recommendation is not None
     assert plan.recommendation.weights_format == "int8"
 
@@ -49,9 +53,11 @@ def test_formats_on_a_gpu() -> None:
     assert formats_of(ServeConfig(dtype="float16"), "cuda") == ("float16", "fp16")
 
 
-def test_what_does_not_fit_is_refused_with_numbers_and_changes(v25: ModelConfig, host: GetHost) -> None:
+def test_what_does_not_fit_is_refused_with_numbers_and_changes(
+    v25: ModelConfig, source: MakeSource, host: GetHost
+) -> None:
     with pytest.raises(DoesNotFit) as raised:
-        check_start(ServeConfig(model="deepseek-ai/V2.5"), v25, host("1xh200"), torch_cuda=True)
+        check_start(ServeConfig(), source(v25, name="V2.5"), host("1xh200"), torch_cuda=True)
     message = raised.value.message
     assert message.startswith("V2.5 does not fit here (native, TP 1, bf16): needs 439.10 GiB")
     assert "139.09 GiB are free on the GPU" in message
@@ -59,35 +65,43 @@ def test_what_does_not_fit_is_refused_with_numbers_and_changes(v25: ModelConfig,
     assert "; more GPUs: 3 more GPUs" in message
 
 
-def test_a_context_that_does_not_fit_is_refused(v2_lite: ModelConfig, host: GetHost) -> None:
+def test_a_context_that_does_not_fit_is_refused(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
     small = ServeConfig(model="m", context_length=163_840, mem_fraction=0.23)
     with pytest.raises(DoesNotFit, match="shorter context: --context-length"):
-        check_start(small, v2_lite, host("1xh200"), torch_cuda=True)
+        check_start(small, source(v2_lite), host("1xh200"), torch_cuda=True)
     # Who names no context gets the longest that fits, as from the engine.
-    assert check_start(replace(small, context_length=None), v2_lite, host("1xh200"), torch_cuda=True).fits
+    assert check_start(replace(small, context_length=None), source(v2_lite), host("1xh200"), torch_cuda=True).fits
 
 
-def test_a_size_that_does_not_divide_is_the_settings_fault(v25: ModelConfig, host: GetHost) -> None:
+def test_a_size_that_does_not_divide_is_the_settings_fault(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
     with pytest.raises(ConfigError, match="heads 128 = 3 x 42 \\+ 2") as raised:
-        check_start(ServeConfig(model="m", tp=3), v25, host("1xh200"), torch_cuda=True)
+        check_start(ServeConfig(model="m", tp=3), source(v25), host("1xh200"), torch_cuda=True)
     assert raised.value.param == "tp"
 
 
-def test_several_machines_are_taken_to_be_alike(v25: ModelConfig, host: GetHost) -> None:
+def test_several_machines_are_taken_to_be_alike(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
     four = ServeConfig(model="m", tp=4, nnodes=4, dist_init_addr="a:1")
-    plan = check_start(four, v25, host("1xh200"), torch_cuda=True)
-    assert predict(plan).weight_bytes == weight_bytes(v25, 4, "bf16").total
+    plan = check_start(four, source(v25), host("1xh200"), torch_cuda=True)
+    assert plan.shown is not None
+    assert plan.shown.weights == weight_bytes(v25, 4, "bf16")
     with pytest.raises(DoesNotFit, match="4 GPUs are needed, 1 is there"):
-        check_start(replace(four, nnodes=1, dist_init_addr=None), v25, host("1xh200"), torch_cuda=True)
+        check_start(replace(four, nnodes=1, dist_init_addr=None), source(v25), host("1xh200"), torch_cuda=True)
     one, two = times(host("1xh200"), 1), times(host("1xh200"), 2)
     assert [gpu.index for gpu in two.gpus] == [0, 1]
     assert one.memory_available_mib is None or two.memory_available_mib == 2 * one.memory_available_mib
 
 
-def test_predicted_against_measured() -> None:
-    expected = Prediction(weight_bytes=100 << 30, kv_tokens=100_000, kv_bytes_per_token=1)
-    (weights, weights_off), (tokens, tokens_off) = compare(expected, 102 << 30, 96_000)
-    assert weights == "weights: predicted 100.00 GiB, measured 102.00 GiB (+2.0%)"
-    assert not weights_off
-    assert tokens == "KV tokens: predicted 100,000, measured 96,000 (-4.0%), which is more than 3% off"
-    assert tokens_off
+def test_what_the_engine_does_not_run_is_refused(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    int8 = ServeConfig(weights_format="int8")
+    with pytest.raises(DoesNotFit, match="int8 is for CPUs in this version"):
+        check_start(int8, source(v2_lite), host("1xh200"), torch_cuda=True)
+    assert check_start(int8, source(v2_lite), host("cpu-only")).fits
+    stored = source(v2_lite, quantization=Quantization("fp8", "fp8", blocks=True))
+    with pytest.raises(DoesNotFit, match="checkpoints quantized with fp8 are planned"):
+        check_start(ServeConfig(), stored, host("1xh200"), torch_cuda=True)
+
+
+def test_a_gpu_that_is_not_there_is_the_settings_fault(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    with pytest.raises(ConfigError, match=r"no GPU here: .*mismatch; use --device cpu") as raised:
+        check_start(ServeConfig(device="cuda"), source(v2_lite), host("no-gpu"))
+    assert raised.value.param == "device"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from ziphius.errors import ConfigError
 from ziphius.models.config import ModelConfig
 from ziphius.planner.abilities import Abilities, abilities
-from ziphius.planner.find_model import ModelSource
+from ziphius.planner.find_model import ModelSource, Quantization
 from ziphius.planner.hardware import Host, parse_gpus
 from ziphius.planner.memory import GIB
 from ziphius.planner.plan import Candidate, Plan, PlanRequest
@@ -20,22 +19,12 @@ from ziphius.planner.planner import build_plan
 MakeSource = Callable[..., ModelSource]
 GetHost = Callable[[str], Host]
 
-# A version that can do everything, so that these tests need no change as Ziphius grows.
-ABLE = Abilities(
-    devices=frozenset({"cpu", "cuda"}),
-    weights_formats=frozenset({"fp32", "bf16", "fp16", "int8", "fp8", "int4"}),
-    tensor_parallel=True,
-    launches_sglang=True,
-    fetches_from_hub=True,
-)
-# And one that computes on one GPU in 16 bits.
-YOUNG = Abilities(
-    devices=frozenset({"cpu", "cuda"}),
-    weights_formats=frozenset({"fp32", "bf16", "fp16", "int8"}),
-    tensor_parallel=False,
-    launches_sglang=False,
-    fetches_from_hub=False,
-)
+# A version that can do everything, so that most of these tests need no change as Ziphius grows.
+_ALL = frozenset({"fp32", "bf16", "fp16", "int8", "fp8", "int4"})
+ABLE = Abilities(cuda=_ALL, cpu=_ALL)
+# And one that computes in 16 bits on a GPU.
+YOUNG = Abilities(cuda=frozenset({"bf16", "fp16"}), cpu=frozenset({"bf16", "int8"}))
+FP8 = Quantization("fp8", "fp8", blocks=True)
 
 
 def cell(plan: Plan, engine: str, tp: int, weights_format: str) -> Candidate:
@@ -92,19 +81,27 @@ def test_the_recommendation_is_a_command(v25: ModelConfig, source: MakeSource, h
 
 
 def test_a_young_version_recommends_what_it_can_run(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
-    plan = build_plan(source(v25), host("4xh200"), PlanRequest(), YOUNG)
-    assert cell(plan, "native", 4, "bf16").not_yet == "--tp is planned, not in this version"
+    plan = build_plan(source(v25), host("4xh200"), PlanRequest(weights_format="fp8"), YOUNG)
     assert cell(plan, "native", 2, "fp8").not_yet == "fp8 is planned, not in this version"
     best = plan.recommendation
     assert best is not None
     assert best.command == (
-        "python3 -m sglang.launch_server --model-path /models/M --tp 4 --mem-fraction-static 0.9 --trust-remote-code"
+        "ziphius start --model /models/M --engine sglang --tp 4 --weights-format fp8 --mem-fraction 0.9"
     )
+    int8 = build_plan(source(v25), host("8xh100"), PlanRequest(weights_format="int8"), YOUNG)
+    assert cell(int8, "native", 4, "int8").not_yet == "int8 is for CPUs in this version"
     one = build_plan(source(v25), host("1xh200"), PlanRequest(), YOUNG)
     assert one.fits
     assert one.recommendation is None
     assert {a.change for a in one.alternatives} == {"fewer bits", "more GPUs"}
     assert all(a.command is None for a in one.alternatives)
+
+
+def test_two_h200_are_told_of_an_fp8_checkpoint(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    plan = build_plan(source(v25), host("2xh200"), PlanRequest(), YOUNG)
+    (change,) = (a for a in plan.alternatives if a.change == "an fp8 checkpoint")
+    assert change.detail.startswith("sglang, TP 2, fp8: 111.")
+    assert change.command is None
 
 
 def test_what_this_version_says_it_can(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
@@ -113,7 +110,8 @@ def test_what_this_version_says_it_can(v2_lite: ModelConfig, source: MakeSource,
 
     flags = {"--" + option.name.replace("_", "-") for option in option_fields()}
     able = abilities()
-    assert "cpu" in able.devices
+    assert "int8" in able.cpu
+    assert not {"fp8", "int4"} & (able.cpu | able.cuda)
     for name in ("1xh200", "4xh200", "cpu-only"):
         plan = build_plan(source(v2_lite), host(name), PlanRequest(engine="native", context_length=4096))
         assert plan.recommendation is not None
@@ -134,13 +132,35 @@ def test_sglang_quantizes_after_loading(v25: ModelConfig, source: MakeSource, ho
     plan = build_plan(source(v25), host("2xh200"), two, ABLE)
     assert not plan.fits
     assert "an fp8 checkpoint would fit" in plan.candidates[0].reason
-    quantized = build_plan(source(v25, quantization="fp8"), host("2xh200"), two, ABLE)
+    quantized = build_plan(source(v25, quantization=FP8), host("2xh200"), two, ABLE)
     assert quantized.fits
     assert quantized.recommendation is not None
     assert "--quantization" not in quantized.recommendation.command
     eight = PlanRequest(engine="sglang", tp=8, weights_format="fp8")
-    blocks = build_plan(source(v25, quantization="fp8"), host("8xh100"), eight, ABLE)
+    blocks = build_plan(source(v25, quantization=FP8), host("8xh100"), eight, ABLE)
     assert blocks.candidates[0].verdict == "invalid"
+    whole = Quantization("fp8", "fp8", blocks=False)
+    assert build_plan(source(v25, quantization=whole), host("8xh100"), eight, ABLE).fits
+
+
+def test_a_quantized_checkpoint_has_one_format(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    plan = build_plan(source(v25, quantization=FP8), host("4xh200"), PlanRequest())
+    assert {c.weights_format for c in plan.candidates} == {"fp8"}
+    assert cell(plan, "native", 4, "fp8").not_yet is not None
+    assert plan.recommendation is not None
+    # Which format it is in, SGLang reads in the checkpoint.
+    assert plan.recommendation.command == "ziphius start --model /models/M --engine sglang --tp 2 --mem-fraction 0.906"
+    other = build_plan(source(v25, quantization=FP8), host("4xh200"), PlanRequest(weights_format="bf16"), ABLE)
+    assert not other.fits
+    assert "in fp8 already" in cell(other, "sglang", 4, "bf16").reason
+
+
+def test_a_dense_model_has_no_int4(llama3_8b: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    plan = build_plan(source(llama3_8b), host("1xh200"), PlanRequest(), ABLE)
+    assert {c.weights_format for c in plan.candidates} == {"bf16", "fp8"}
+    asked = build_plan(source(llama3_8b), host("1xh200"), PlanRequest(weights_format="int4"), ABLE)
+    assert not asked.fits
+    assert "has none" in asked.candidates[0].reason
 
 
 def test_sglang_is_given_a_larger_fraction_where_its_own_is_too_small(
@@ -268,18 +288,6 @@ def test_llama_on_a_small_card(llama3_8b: ModelConfig, source: MakeSource) -> No
     assert (plan.recommendation.tp, plan.recommendation.weights_format) == (1, "bf16")
     # 22.8 GiB free, 14.96 of weights, 131,072 bytes a token.
     assert 30_000 < plan.recommendation.kv_tokens < 60_000
-
-
-def test_the_hub_is_told_apart_from_a_folder(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
-    hub = source(v2_lite, given="deepseek-ai/DeepSeek-V2-Lite", origin="hub cache", has_weights=False)
-    plan = build_plan(hub, host("1xh200"), PlanRequest(), YOUNG)
-    assert "hub" in (cell(plan, "native", 1, "bf16").not_yet or "")
-    assert plan.recommendation is not None
-    assert "sglang.launch_server --model-path deepseek-ai/DeepSeek-V2-Lite" in plan.recommendation.command
-    whole = replace(hub, has_weights=True, path=Path("/cache/snapshots/0"))
-    there = build_plan(whole, host("1xh200"), PlanRequest(), YOUNG)
-    assert there.recommendation is not None
-    assert there.recommendation.command == "ziphius start --model /cache/snapshots/0"
 
 
 def test_a_config_without_weights_is_noted(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:

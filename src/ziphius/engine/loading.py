@@ -34,6 +34,7 @@ from ziphius.models.llama import LlamaForCausalLM
 from ziphius.models.loader import WeightSource, load_model, make_dummy
 from ziphius.models.safetensors_source import SafetensorsSource
 from ziphius.planner.evaluate import SHORTEST_CONTEXT
+from ziphius.planner.measured import compare
 from ziphius.planner.memory import (
     PoolLimits,
     PoolSize,
@@ -124,9 +125,6 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
     report(LoadProgress(phase="cache"))
     free_bytes = free_memory(precision.device)
     context_length, size = _agreed(team, *plan_pool(config, checkpoint.config, precision, free_bytes, free_before))
-    if team.parallel.rank == 0:  # the others' numbers are the same
-        _log.info("weights: %s predicted, %s measured", gib(predicted), gib(model.nbytes))
-        _log.info("KV cache: %d tokens predicted, %d measured", predicted_size.tokens, size.tokens)
     ready = Ready(
         context_length=context_length,
         kv_tokens=size.tokens,
@@ -138,6 +136,9 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
         predicted_weight_bytes=predicted,
         predicted_kv_tokens=predicted_size.tokens,
     )
+    if team.parallel.rank == 0:  # the others' numbers are the same
+        for line, off in compare(ready):
+            _log.log(logging.WARNING if off else logging.INFO, "%s", line)
     num_pages = size.pages(config.page_size)
     runner = _make_runner(config, model, num_pages, context_length, precision, team.parallel)
     on_cpu = model.on_cpu if isinstance(model, LlamaForCausalLM) else None

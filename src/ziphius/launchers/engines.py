@@ -12,6 +12,7 @@ from ziphius.config import Resolved
 from ziphius.errors import ConfigError
 from ziphius.launchers import native, sglang
 from ziphius.launchers.launcher import Launch, Launcher
+from ziphius.launchers.native_plan import plan_native
 from ziphius.launchers.sglang_plan import Outlook, plan_start
 from ziphius.planner.abilities import OF_SGLANG_ONLY
 from ziphius.planner.hardware import Host
@@ -33,9 +34,27 @@ def engine_launcher(*, force: bool = False, show_for: Host | None = None) -> Lau
         if resolved.config.engine == "sglang":
             return sglang.Sglang(planned, only_show=show_for is not None)(resolved, env)
         refuse_other_engines_options(resolved)
-        return native.native(resolved, env)
+        return _native(resolved, env, force, show_for)
 
     return launch
+
+
+def _native(resolved: Resolved, env: Mapping[str, str], force: bool, show_for: Host | None) -> Launch:
+    launch = native.native(resolved, env)
+    if show_for is None:
+        outlook = plan_native(resolved, env, force=force, probe=probe_host)
+    else:  # another machine's torch is taken to be one for its GPUs
+        outlook = plan_native(resolved, env, force=force, probe=lambda: show_for, torch_cuda=True)
+    visible = {}
+    if outlook.gpus:
+        # The driver numbers GPUs by their place on the bus; CUDA does so only when told.
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, outlook.gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return replace(
+        launch,
+        env={**launch.env, **visible},
+        predicted_kv_tokens=outlook.predicted_kv_tokens,
+        notes=outlook.notes,
+    )
 
 
 def refuse_other_engines_options(resolved: Resolved) -> None:

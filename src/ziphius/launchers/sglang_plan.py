@@ -39,8 +39,8 @@ def plan_start(
     host = probe()
     gpus = config.device == "cuda" or (config.device == "auto" and bool(host.gpus))
     try:
-        source = find_model(config.model, env)
-        plan = build_plan(source, _all_machines(host, resolved), request_of(config, host, torch_cuda=True))
+        source = find_model(config.model, env, config.revision)
+        plan = build_plan(source, _all_machines(host, resolved), request_of(config, host, source, torch_cuda=True))
     except ModelError as e:
         return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     except ConfigError as e:

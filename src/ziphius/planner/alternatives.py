@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ziphius.planner.commands import command_for, shortened
 from ziphius.planner.evaluate import Question, evaluate
+from ziphius.planner.find_model import Quantization
 from ziphius.planner.hardware import describe, emptied
 from ziphius.planner.plan import Alternative, Candidate
 
@@ -38,10 +39,24 @@ def _search(question: Question, asked: Sequence[Candidate], every: Sequence[Cand
     yield fewer
     if request.tp is not None and resized is None and fewer is None:
         yield _of(question, "fewer bits and another size", every, lambda c: here(c) and _BITS[c.weights_format] < bits)
+    yield _fp8_checkpoint(question, same_size)
     freed = _freed(question, asked)
     yield freed
-    if resized is None and freed is None:
+    if freed is None and (resized is None or resized.command is None):
         yield _of(question, "more GPUs", same_format, lambda c: c.verdict == "fits" and c.missing_gpus > 0)
+
+
+def _fp8_checkpoint(question: Question, candidates: Sequence[Candidate]) -> Alternative | None:
+    """What SGLang could do with a checkpoint that is fp8 already, where it cannot quantize this one."""
+    if question.source.quantization is not None:
+        return None
+    stored = replace(question.source, quantization=Quantization("fp8", "fp8", blocks=True))
+    quantized = replace(question, source=stored)
+    tried = [evaluate(quantized, c.device, c.engine, c.tp, c.weights_format)
+             for c in candidates
+             if (c.engine, c.weights_format, c.verdict) == ("sglang", "fp8", "too_big")]  # fmt: skip
+    found = _of(quantized, "an fp8 checkpoint", tried, lambda c: c.verdict == "fits" and not c.missing_gpus)
+    return None if found is None else replace(found, command=None)  # the command would name this checkpoint
 
 
 def _freed(question: Question, asked: Sequence[Candidate]) -> Alternative | None:

@@ -1,59 +1,43 @@
-"""The plan inside `start`: a resolved config against this host, and predicted against measured; starts nothing."""
+"""The plan inside `start`: a resolved config against a host; it probes and starts nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 from ziphius.config import ServeConfig
-from ziphius.errors import DoesNotFit
-from ziphius.models.config import ModelConfig
+from ziphius.errors import ConfigError, DoesNotFit
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, times
-from ziphius.planner.memory import WeightsFormat, gib
+from ziphius.planner.memory import WeightsFormat
 from ziphius.planner.plan import Candidate, Device, Plan, PlanRequest
 from ziphius.planner.planner import FORMATS, build_plan
 from ziphius.planner.software import torch_build
 from ziphius.planner.validity import Engine, require_tp
 
-TOLERANCE = 0.03
-"""A measured value further than this from the predicted one is told."""
 _FORMAT_OF_DTYPE: dict[str, WeightsFormat] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a start expects of one rank."""
+def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_cuda: bool | None = None) -> Plan:
+    """The plan for exactly what `config` asks of the native engine; its `shown` is the candidate that will run.
 
-    weight_bytes: int
-    kv_tokens: int
-    kv_bytes_per_token: int
-
-
-def check_start(config: ServeConfig, model: ModelConfig, host: Host, *, torch_cuda: bool | None = None) -> Plan:
-    """The plan for exactly what `config` asks. DoesNotFit, with the numbers and the nearest changes, when it cannot be;
-    ConfigError when --tp ranks cannot share the model. With several machines, the others are taken to be like `host`.
+    DoesNotFit, with the numbers and the nearest changes, when it cannot be; ConfigError when --tp ranks cannot share
+    the model, or for a GPU that is not there. With several machines, the others are taken to be like `host`.
 
     `torch_cuda`: whether torch has CUDA, so that --device auto means what it will mean to the engine (default:
     read from the installed torch's files).
     """
-    request = request_of(config, host, torch_cuda)
-    require_tp(model, config.tp, request.weights_format or "bf16", request.engine or "native")
-    plan = build_plan(_source(config, model), times(host, config.nnodes), request)
+    if config.device == "cuda" and not host.gpus:
+        why = f": {host.gpu_error}" if host.gpu_error else ""
+        raise ConfigError(f"device is cuda, but there is no GPU here{why}; use --device cpu", param="device")
+    request = request_of(config, host, source, torch_cuda)
+    require_tp(source.config, config.tp, request.weights_format or "bf16", request.engine or "native")
+    plan = build_plan(source, times(host, config.nnodes), request)
     if plan.recommendation is None:
         raise DoesNotFit(refusal(plan))
     return plan
 
 
-def predict(plan: Plan) -> Prediction:
-    """What check_start's plan expects: weights and cache of the candidate that will run."""
-    chosen = plan.shown
-    if chosen is None or chosen.weights is None:
-        return Prediction(0, 0, 0)
-    return Prediction(chosen.weights.total, chosen.kv_tokens, chosen.kv_bytes_per_token)
-
-
-def request_of(config: ServeConfig, host: Host, torch_cuda: bool | None = None) -> PlanRequest:
+def request_of(config: ServeConfig, host: Host, source: ModelSource, torch_cuda: bool | None = None) -> PlanRequest:
     """A PlanRequest for what `config` says, `auto` made definite as the engine makes it."""
     device: Device = "cpu"
     if config.device == "cuda":
@@ -63,15 +47,17 @@ def request_of(config: ServeConfig, host: Host, torch_cuda: bool | None = None) 
             build = torch_build()
             torch_cuda = build is not None and build.cuda is not None
         device = "cuda" if torch_cuda else "cpu"
-    engine = cast(Engine, getattr(config, "engine", "native"))
+    engine = cast(Engine, config.engine)
     dtype, weights_format = formats_of(config, device)
     if engine == "sglang" and config.dtype == "auto" and device == "cpu":
         # It computes in the checkpoint's type on a CPU too.
         dtype, weights_format = "bfloat16", weights_format if config.weights_format != "auto" else "bf16"
+    if source.quantization is not None and config.weights_format == "auto":
+        weights_format = source.quantization.weights_format
     return PlanRequest(
         device=device,
         engine=engine,
-        tp=int(getattr(config, "tp", 1)),
+        tp=config.tp,
         weights_format=weights_format,
         dtype=dtype if config.dtype != "auto" or engine == "sglang" else None,
         mem_fraction=config.mem_fraction,
@@ -118,23 +104,3 @@ def _reason(candidate: Candidate) -> str:
     if candidate.verdict in ("fits", "short") and candidate.not_yet is not None:
         return candidate.not_yet
     return candidate.reason
-
-
-def compare(prediction: Prediction, weight_bytes: int, kv_tokens: int) -> tuple[tuple[str, bool], ...]:
-    """(a line for the log, whether it is further off than 3%) for weights and for KV tokens."""
-    lines = []
-    for what, predicted, measured in (
-        ("weights", prediction.weight_bytes, weight_bytes),
-        ("KV tokens", prediction.kv_tokens, kv_tokens),
-    ):
-        gap = (measured - predicted) / predicted if predicted else 0.0
-        told = (gib(predicted), gib(measured)) if what == "weights" else (f"{predicted:,}", f"{measured:,}")
-        off = abs(gap) > TOLERANCE
-        text = f"{what}: predicted {told[0]}, measured {told[1]} ({gap:+.1%})"
-        lines.append((text + (", which is more than 3% off" if off else ""), off))
-    return tuple(lines)
-
-
-def _source(config: ServeConfig, model: ModelConfig) -> ModelSource:
-    # The weights are on this machine by now, whatever the id.
-    return ModelSource(config.model, config.model.rstrip("/").split("/")[-1], model, "folder", None, True)

@@ -1,4 +1,4 @@
-"""The exact command for a candidate: native through `ziphius start`, SGLang through its own server; runs nothing."""
+"""The exact `ziphius start` command for a candidate, on either engine; it runs nothing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ def shortened(kv_tokens: int) -> int:
 
 def command_for(question: Question, candidate: Candidate) -> str:
     """One line for a shell."""
-    if candidate.engine == "sglang" and not question.able.launches_sglang:
-        words = _sglang_server(question, candidate)
-    else:
-        words = _ziphius_start(question, candidate)
-    return _environment(question, candidate) + shlex.join(words)
+    return _environment(question, candidate) + shlex.join(_ziphius_start(question, candidate))
 
 
 def _environment(question: Question, candidate: Candidate) -> str:
@@ -36,11 +32,7 @@ def _environment(question: Question, candidate: Candidate) -> str:
 
 def _model(question: Question) -> str:
     source = question.source
-    if source.origin == "config.json" and source.path is not None:
-        return str(source.path)
-    if source.origin == "hub cache" and source.has_weights and not question.able.fetches_from_hub:
-        return str(source.path)
-    return source.given
+    return str(source.path) if source.origin == "config.json" and source.path is not None else source.given
 
 
 def _context(question: Question, candidate: Candidate) -> list[str]:
@@ -62,7 +54,7 @@ def _ziphius_start(question: Question, candidate: Candidate) -> list[str]:
     if request.dtype is not None:
         words += ["--dtype", request.dtype]
     default = "bf16" if candidate.device == "cuda" else "int8"
-    if candidate.weights_format != default or request.dtype is not None:
+    if question.source.quantization is None and (candidate.weights_format != default or request.dtype is not None):
         words += ["--weights-format", candidate.weights_format]
     words += _context(question, candidate)
     fraction = request.mem_fraction if candidate.engine == "native" else candidate.mem_fraction
@@ -72,20 +64,4 @@ def _ziphius_start(question: Question, candidate: Candidate) -> list[str]:
         value = getattr(request, option)
         if value != getattr(_DEFAULTS, option):
             words += ["--" + option.replace("_", "-"), str(value)]
-    return words
-
-
-def _sglang_server(question: Question, candidate: Candidate) -> list[str]:
-    words = ["python3", "-m", "sglang.launch_server", "--model-path", _model(question)]
-    if candidate.tp > 1:
-        words += ["--tp", str(candidate.tp)]
-    if candidate.weights_format == "fp8" and question.source.quantization is None:
-        words += ["--quantization", "fp8"]
-    if candidate.mem_fraction is not None:
-        words += ["--mem-fraction-static", f"{candidate.mem_fraction:g}"]
-    words += _context(question, candidate)
-    if question.request.max_total_tokens is not None:
-        words += ["--max-total-tokens", str(question.request.max_total_tokens)]
-    if question.config.mla is not None:
-        words.append("--trust-remote-code")
     return words

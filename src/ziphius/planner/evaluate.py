@@ -43,12 +43,15 @@ class Question:
 def evaluate(question: Question, device: Device, engine: Engine, tp: int, weights_format: WeightsFormat) -> Candidate:
     """The verdict on one candidate. With more ranks than GPUs it is for the machine with as many as needed."""
     config = question.config
-    able = not_yet(question.able, engine, device, tp, weights_format, question.source)
+    able = not_yet(question.able, engine, device, weights_format, question.source)
     failures = _failures(question, engine, tp, weights_format)
     empty = Candidate(engine=engine, tp=tp, weights_format=weights_format, device=device, verdict="invalid",
                       reason="; ".join(f.message for f in failures), failures=failures, not_yet=able)  # fmt: skip
     if failures:
         return empty
+    contradiction = _contradiction(question.source, weights_format)
+    if contradiction:
+        return replace(empty, verdict="unsupported", reason=contradiction)
     dtype = question.kv_dtype(device)
     weights = memory.weight_bytes(config, tp, weights_format, float_bytes=memory.DTYPE_BYTES[dtype])
     per_token = memory.kv_bytes_per_token(config, tp, dtype)
@@ -76,9 +79,20 @@ def evaluate(question: Question, device: Device, engine: Engine, tp: int, weight
 
 def _failures(question: Question, engine: Engine, tp: int, weights_format: WeightsFormat) -> tuple[TpFailure, ...]:
     failures = tp_failures(question.config, tp, weights_format, engine)
-    if not failures and engine == "sglang" and question.source.quantization == "fp8":
+    stored = question.source.quantization
+    if not failures and engine == "sglang" and stored is not None and stored.blocks:
         return block_failures(question.config, tp)
     return failures
+
+
+def _contradiction(source: ModelSource, weights_format: WeightsFormat) -> str | None:
+    """Why this model cannot be in that format on any machine."""
+    stored = source.quantization
+    if stored is not None and weights_format != stored.weights_format:
+        return f"the checkpoint is in {stored.weights_format} already"
+    if weights_format == "int4" and source.config.moe is None:
+        return "int4 is for routed experts, and this model has none"
+    return None
 
 
 def _hindrance(gpus: tuple[Gpu, ...], tp: int) -> str | None:
@@ -168,12 +182,11 @@ def _sglang(question: Question, known: Candidate, gpus: tuple[Gpu, ...]) -> Cand
     config, tp, weights_format = question.config, known.tp, known.weights_format
     free = known.memory_bytes
     if weights_format == "int4":
-        why = ("SGLang 0.5.16 stops while loading DeepSeek-V2 in int4 (AWQ)" if config.mla is not None
-               else "SGLang needs a checkpoint that is int4 already")  # fmt: skip
-        return replace(known, verdict="unsupported", reason=why)
+        return replace(known, verdict="unsupported",
+                       reason="SGLang 0.5.16 stops while loading DeepSeek-V2 in int4 (AWQ)")  # fmt: skip
     loaded = sglang.loaded_bytes(config, tp, weights_format)
     known = replace(known, loaded_bytes=loaded)
-    online = weights_format == "fp8" and question.source.quantization != "fp8"
+    online = weights_format == "fp8" and question.source.quantization is None
     peak = sglang.loaded_bytes(config, tp, "bf16") if online else loaded
     if peak > free and online:
         reason = f"SGLang quantizes after loading: {gib(peak)} in bf16 first, {gib(free)} are free; an fp8 checkpoint"

@@ -12,12 +12,24 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ziphius.errors import ModelError, ModelNotFound
+from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
 from ziphius.models.config import ModelConfig
 from ziphius.paths import ziphius_home
+from ziphius.planner.memory import GROUP, WeightsFormat
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONNECT_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the weights of a checkpoint that is quantized already are stored."""
+
+    method: str
+    """Its `quant_method`."""
+    weights_format: WeightsFormat
+    blocks: bool
+    """A scale for each 128 x 128 block, which a rank's share must not cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +45,15 @@ class ModelSource:
     """The folder or file on this machine; None when the weights are elsewhere (the hub)."""
     has_weights: bool
     """Whether `path` holds weight files."""
-    quantization: str | None = None
-    """`quant_method` of a checkpoint whose weights are quantized already."""
+    quantization: Quantization | None = None
 
 
-def find_model(model: str, env: Mapping[str, str]) -> ModelSource:
+def find_model(model: str, env: Mapping[str, str], revision: str | None = None) -> ModelSource:
     """A folder (which may hold nothing but config.json), a config.json, a .gguf, a known id, or a hub id.
 
-    A hub id is looked up in Hugging Face's cache first, then its config.json alone is fetched. ModelNotFound
-    or ModelError name what was tried; UnsupportedModel names an architecture or setting that is not there.
+    A hub id is looked up in Hugging Face's cache first, then its config.json alone is fetched; `revision` (branch,
+    tag or commit) is the hub's. ModelNotFound or ModelError name what was tried; UnsupportedModel names an
+    architecture, setting or quantization that is not known.
     """
     from ziphius.models.pull import SMOLLM2, packaged_path
 
@@ -60,7 +72,7 @@ def find_model(model: str, env: Mapping[str, str]) -> ModelSource:
         folder = path.absolute().parent
         return _hugging_face(model, path.absolute(), folder.resolve().name, "config.json", folder)
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
-        return _from_hub(model, env)
+        return _from_hub(model, env, revision)
     raise ModelNotFound(f"no model {model!r}: there is no such file or folder, and it is no hub id (owner/name)")
 
 
@@ -73,14 +85,21 @@ def _hugging_face(
     return ModelSource(given, name, config, origin, folder, has_weights, _quantization(config_file))
 
 
-def _quantization(config_file: Path) -> str | None:
+def _quantization(config_file: Path) -> Quantization | None:
     data = json.loads(config_file.read_text(encoding="utf-8"))
     found: Any = data.get("quantization_config")
     if found is None:
         return None
     if not isinstance(found, Mapping) or not isinstance(found.get("quant_method"), str):
         raise ModelError(f"{config_file}: quantization_config has no quant_method")
-    return str(found["quant_method"])
+    method, block = found["quant_method"], found.get("weight_block_size")
+    if method != "fp8" or block not in (None, [GROUP, GROUP]):
+        told = f"quant_method {method}" if method != "fp8" else f"weight_block_size {block}"
+        raise UnsupportedModel(
+            f"{config_file}: quantization_config has {told}, whose sizes are not known here (only fp8, whole or in "
+            f"blocks of [{GROUP}, {GROUP}])"
+        )
+    return Quantization(method, "fp8", block is not None)
 
 
 def _gguf(given: str, path: Path, name: str) -> ModelSource:
@@ -91,26 +110,27 @@ def _gguf(given: str, path: Path, name: str) -> ModelSource:
     return ModelSource(given, name, model_config(GGUFFile.open(path)), "gguf", path, True)
 
 
-def _from_hub(model: str, env: Mapping[str, str]) -> ModelSource:
+def _from_hub(model: str, env: Mapping[str, str], revision: str | None) -> ModelSource:
     name = model.split("/")[1]
-    cached = hub_cache_file(model, "config.json", env)
+    cached = hub_cache_file(model, "config.json", env, revision)
     if cached is not None:
         return _hugging_face(model, cached, name, "hub cache", cached.parent)
-    fetched = _fetch_config(model, env)
+    fetched = _fetch_config(model, env, revision)
     return _hugging_face(model, fetched, name, "hub", fetched.parent)
 
 
-def hub_cache_file(model: str, file: str, env: Mapping[str, str]) -> Path | None:
-    """`file` of the main revision in Hugging Face's cache, or None. Its layout is documented by huggingface_hub.
+def hub_cache_file(model: str, file: str, env: Mapping[str, str], revision: str | None = None) -> Path | None:
+    """`file` of a revision (default: main) in Hugging Face's cache, or None. huggingface_hub documents its layout.
 
     Looked up here rather than by the library, whose import would take a fifth of the second that a plan may take.
     """
     repository = hub_cache(env) / ("models--" + model.replace("/", "--"))
+    wanted = revision or "main"
     try:
-        revision = (repository / "refs" / "main").read_text(encoding="ascii").strip()
+        commit = (repository / "refs" / wanted).read_text(encoding="ascii").strip()
     except (OSError, ValueError):
-        return None
-    path = repository / "snapshots" / revision / file
+        commit = wanted  # a commit has no ref
+    path = repository / "snapshots" / commit / file
     return path if path.is_file() else None
 
 
@@ -129,7 +149,7 @@ def hub_home(env: Mapping[str, str]) -> Path:
     return Path(cache).expanduser() / "huggingface"
 
 
-def _fetch_config(model: str, env: Mapping[str, str]) -> Path:
+def _fetch_config(model: str, env: Mapping[str, str], revision: str | None) -> Path:
     """config.json, with the small files beside it. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count."""
     tip = "or give a folder or a config.json"
     if not _may_answer(env):
@@ -138,10 +158,9 @@ def _fetch_config(model: str, env: Mapping[str, str]) -> Path:
             f"try again with a network, {tip}"
         )
     from ziphius.models.pull import fetch
-    from ziphius.paths import ziphius_home
 
     try:
-        return fetch(model, ziphius_home(env), weights=False) / "config.json"
+        return fetch(model, ziphius_home(env), revision=revision, weights=False) / "config.json"
     except ModelError as e:
         raise ModelNotFound(f"{e.message}; {tip}") from e
 

@@ -95,7 +95,7 @@ class Alternative:
     """A change after which it would fit."""
 
     change: str
-    """`fewer bits`, `more GPUs`, `shorter context`, `another size` or `another engine`."""
+    """`shorter context`, `another size`, `fewer bits`, `an fp8 checkpoint`, `free memory` or `more GPUs`."""
     detail: str
     """What, with the numbers."""
     command: str | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ziphius.errors import ConfigError
-from ziphius.models.config import ModelConfig
 from ziphius.planner import memory
 from ziphius.planner.abilities import Abilities, abilities
 from ziphius.planner.alternatives import alternatives_for
@@ -30,7 +29,7 @@ def build_plan(source: ModelSource, host: Host, request: PlanRequest, able: Abil
     context = _context_length(source, request)
     able = able or abilities()
     question = Question(source=source, host=host, request=request, context_length=context, able=able)
-    every = [evaluate(question, device, *cell) for cell in _cells(source.config, host, request, device)]
+    every = [evaluate(question, device, *cell) for cell in _cells(source, host, request, device)]
     sizes = {request.tp} if request.tp is not None else set(_shown_sizes(host, device))
     asked = tuple(c for c in every if c.tp in sizes and _is_asked(c, request))
     best = _best(asked, request, device)
@@ -72,14 +71,14 @@ def _shown_sizes(host: Host, device: Device) -> tuple[int, ...]:
 
 
 def _cells(
-    config: ModelConfig, host: Host, request: PlanRequest, device: Device
+    source: ModelSource, host: Host, request: PlanRequest, device: Device
 ) -> Iterable[tuple[Engine, int, WeightsFormat]]:
-    formats = FORMATS[device]
+    formats = _formats(source, device)
     if request.weights_format is not None and request.weights_format not in formats:
         formats = (request.weights_format, *formats)
     sizes = {request.tp or 1, *_shown_sizes(host, device)}
     if device == "cuda":
-        sizes.update(valid_tp_sizes(config, "bf16", "native"))  # a large model may need more than is shown
+        sizes.update(valid_tp_sizes(source.config, "bf16", "native"))  # a large model may need more than is shown
     both = device == "cuda" or request.engine == "sglang"
     engines: tuple[Engine, ...] = ("native", "sglang") if both else ("native",)
     for tp in sorted(sizes):
@@ -87,6 +86,13 @@ def _cells(
             for weights_format in formats:
                 if engine == "native" or weights_format in SGLANG_FORMATS:
                     yield engine, tp, weights_format
+
+
+def _formats(source: ModelSource, device: Device) -> tuple[WeightsFormat, ...]:
+    """Those worth telling: a checkpoint that is quantized already has one; without experts there is no int4."""
+    if source.quantization is not None:
+        return (source.quantization.weights_format,)
+    return tuple(f for f in FORMATS[device] if f != "int4" or source.config.moe is not None)
 
 
 def _is_asked(candidate: Candidate, request: PlanRequest) -> bool:
@@ -153,7 +159,7 @@ def _summary(source: ModelSource, device: Device, question: Question, asked: tup
         active_parameters=active_parameters(config),
         layers=config.num_hidden_layers,
         max_context=config.max_position_embeddings,
-        quantization=source.quantization,
+        quantization=None if source.quantization is None else source.quantization.method,
         kv_bytes_per_token=memory.kv_bytes_per_token(config, tp, question.kv_dtype(device)),
         kv_replicated=config.mla is not None,
     )
@@ -164,7 +170,7 @@ def _notes(question: Question, asked: tuple[Candidate, ...], device: Device) -> 
     if not source.has_weights and source.origin in ("folder", "config.json"):
         yield "there are no weights beside this config: a plan needs none, the command does"
     if source.quantization is not None:
-        yield f"this checkpoint is quantized already ({source.quantization}); other formats are told as if it were not"
+        yield f"this checkpoint is quantized already ({source.quantization.method})"
     if device == "cpu" and host.gpu_error:
         yield f"a GPU driver is here but could not be asked: {host.gpu_error}"
     if device == "cpu":

@@ -225,13 +225,10 @@ class _Server:
         self._service.set_ready(ready)
         mib = 1024 * 1024
         logger.info(
-            "ready on http://%s:%d in %.1f s (%s): context %d tokens, KV cache %d tokens (predicted %d), "
-            "weights %.0f MiB (predicted %.0f)",
+            "ready on http://%s:%d in %.1f s (%s): context %d tokens, KV cache %d tokens, weights %.0f MiB",
             self._config.host, self._config.port, ready.load_seconds, ready.device, ready.context_length,
-            ready.kv_tokens, ready.predicted_kv_tokens, ready.weight_bytes / mib, ready.predicted_weight_bytes / mib,
+            ready.kv_tokens, ready.weight_bytes / mib,
         )  # fmt: skip
-        if ready.kv_tokens < 0.9 * ready.predicted_kv_tokens:
-            logger.warning("the KV cache is much smaller than predicted: something else uses the memory")
 
     def _on_fatal(self, fatal: Fatal) -> None:
         self._fatal = fatal

@@ -1,0 +1,70 @@
+"""The plan before a start of the native engine: refuse what cannot work, predict what can; it starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ziphius.config import Resolved
+from ziphius.errors import ConfigError, DoesNotFit, DownloadError, ModelError, ModelNotFound
+from ziphius.planner.check import check_start
+from ziphius.planner.find_model import find_model
+from ziphius.planner.hardware import Host
+from ziphius.planner.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class NativeOutlook:
+    """What the plan says of a start."""
+
+    predicted_kv_tokens: int | None = None
+    """Of one rank's cache; None without a plan."""
+    gpus: tuple[int, ...] = ()
+    """The GPUs to use, by the driver's numbers, where they are not the first ones of this machine."""
+    notes: tuple[str, ...] = ()
+
+
+def plan_native(
+    resolved: Resolved,
+    env: Mapping[str, str],
+    *,
+    force: bool,
+    probe: Callable[[], Host],
+    torch_cuda: bool | None = None,
+) -> NativeOutlook:
+    """The outlook on this machine.
+
+    DoesNotFit, with the numbers and the nearest changes; ConfigError for options that the model or the machine
+    contradicts; ModelError for a config that cannot be read. With `force` these are notes instead.
+
+    A model that is not here yet (the server fetches it) is started without a plan: the engine checks again.
+    `torch_cuda`: see check_start.
+    """
+    config = resolved.config
+    host = probe()
+    try:
+        source = find_model(config.model, env, config.revision)
+        plan = check_start(config, source, host, torch_cuda=torch_cuda)
+    except (ModelNotFound, DownloadError):
+        return NativeOutlook()
+    except DoesNotFit as e:
+        if not force:
+            raise DoesNotFit(f"{e.message}; --force starts it all the same") from e
+        return NativeOutlook(notes=(f"started although {e.message}",))
+    except (ConfigError, ModelError) as e:
+        if not force:
+            raise
+        return NativeOutlook(notes=(f"started although {e.message}",))
+    return _outlook(plan, host, config.nnodes)
+
+
+def _outlook(plan: Plan, host: Host, machines: int) -> NativeOutlook:
+    chosen = plan.shown
+    if chosen is None:
+        return NativeOutlook()
+    notes = (f"planned: {chosen.reason}",)
+    first = tuple(gpu.index for gpu in host.gpus[: chosen.tp])
+    if chosen.device == "cpu" or machines > 1 or chosen.gpus == first or any(gpu.mig for gpu in host.gpus):
+        return NativeOutlook(chosen.kv_tokens, notes=notes)
+    numbers = ", ".join(map(str, chosen.gpus))
+    return NativeOutlook(chosen.kv_tokens, chosen.gpus, (*notes, f"on GPU {numbers}, which have the most free memory"))

@@ -1,0 +1,30 @@
+"""Predicted against measured, once a rank has loaded: the lines for the log; it measures and logs nothing."""
+
+from __future__ import annotations
+
+from ziphius.messages import Ready
+from ziphius.planner.memory import gib
+
+TOLERANCE = 0.03
+"""A measured value further than this from the predicted one is told as a warning."""
+
+
+def gap_of(predicted: int, measured: int) -> float:
+    """How far off a prediction was, as a share of it; 0 where nothing was predicted."""
+    return (measured - predicted) / predicted if predicted else 0.0
+
+
+def compare(ready: Ready) -> tuple[tuple[str, bool], ...]:
+    """(a line for the log, whether it is further off than TOLERANCE) for weights and for KV tokens."""
+    weights = gap_of(ready.predicted_weight_bytes, ready.weight_bytes)
+    tokens = gap_of(ready.predicted_kv_tokens, ready.kv_tokens)
+    return (
+        _line("weights", gib(ready.predicted_weight_bytes), gib(ready.weight_bytes), weights),
+        _line("KV cache", f"{ready.predicted_kv_tokens:,}", f"{ready.kv_tokens:,} tokens", tokens),
+    )
+
+
+def _line(what: str, predicted: str, measured: str, gap: float) -> tuple[str, bool]:
+    off = abs(gap) > TOLERANCE
+    more = f", more than {TOLERANCE:.0%} off" if off else ""
+    return f"{what}: predicted {predicted}, measured {measured} ({gap:+.1%}{more})", off

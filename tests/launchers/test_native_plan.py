@@ -1,0 +1,76 @@
+"""The plan before a start of the native engine: refused, predicted or forced, on recorded machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from ziphius.config import Resolved, resolve
+from ziphius.errors import ConfigError, DoesNotFit, ModelError
+from ziphius.launchers.engines import engine_launcher
+from ziphius.launchers.native_plan import NativeOutlook, plan_native
+from ziphius.planner.hardware import Host, parse_gpus, read_host
+
+DATA = Path(__file__).parents[1] / "planner" / "data"
+
+
+def asked(tmp_path: Path, model: str = "deepseek-v2.5-1210", **flags: Any) -> Resolved:
+    (tmp_path / "config.json").write_text((DATA / f"{model}.json").read_text())
+    return resolve({"model": str(tmp_path), **flags}, env={})
+
+
+def planned(made: Resolved, host: Host, force: bool = False) -> NativeOutlook:
+    return plan_native(made, {}, force=force, probe=lambda: host, torch_cuda=True)
+
+
+def test_what_fits_is_predicted(tmp_path: Path) -> None:
+    outlook = planned(asked(tmp_path, tp=4), read_host(DATA / "host-4xh200.json"))
+    assert outlook.predicted_kv_tokens is not None
+    assert 390_000 < outlook.predicted_kv_tokens < 410_000
+    assert outlook.gpus == ()
+    (note,) = outlook.notes
+    assert note.startswith("planned: 110.75 GiB of weights")
+
+
+def test_what_does_not_fit_is_refused_unless_forced(tmp_path: Path) -> None:
+    made, host = asked(tmp_path, tp=2), read_host(DATA / "host-2xh200.json")
+    with pytest.raises(DoesNotFit, match=r"needs 220.20 GiB for weights.*--force starts it all the same"):
+        planned(made, host)
+    forced = planned(made, host, force=True)
+    assert forced.predicted_kv_tokens is None
+    assert "started although" in forced.notes[0]
+
+
+def test_settings_that_cannot_work_are_refused_unless_forced(tmp_path: Path) -> None:
+    made = asked(tmp_path, tp=3)
+    with pytest.raises(ConfigError, match="vocabulary 102,400 = 3 x 34,133"):
+        planned(made, parse_gpus("4xH200"))
+    assert "vocabulary" in planned(made, parse_gpus("4xH200"), force=True).notes[0]
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    made = asked(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
+    with pytest.raises(ModelError, match="MixtralForCausalLM"):
+        planned(made, parse_gpus("4xH200"))
+
+
+def test_what_is_not_here_yet_is_left_to_the_server(tmp_path: Path) -> None:
+    made = resolve({"model": "somebody/something"}, env={})
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    assert plan_native(made, environment, force=False, probe=lambda: parse_gpus("H200")) == NativeOutlook()
+
+
+def test_a_busy_first_gpu_is_left_out(tmp_path: Path) -> None:
+    first, *others = parse_gpus("4xH200").gpus
+    host = Host(gpus=(replace(first, memory_free_mib=1000), *others))
+    made = asked(tmp_path, "deepseek-v2-lite", tp=2, device="cuda")
+    assert planned(made, host).gpus == (1, 2)
+    launch = engine_launcher(show_for=host)(made, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
+    assert (launch.env["CUDA_VISIBLE_DEVICES"], launch.env["CUDA_DEVICE_ORDER"]) == ("1,2", "PCI_BUS_ID")
+    assert "GPU 1, 2" in launch.notes[1]
+    idle = engine_launcher(show_for=parse_gpus("4xH200"))(made, {})
+    assert "CUDA_VISIBLE_DEVICES" not in idle.env
