@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.end_to_end.small_v25 import PUBLISHED, SMALLER
 
 from ziphius.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelError, ModelNotFound
 from ziphius.llm import LLM
@@ -158,3 +159,16 @@ def test_options_are_those_of_serve(folder: Path) -> None:
         LLM(str(folder), pagesize=4)
     with pytest.raises(ModelNotFound):
         LLM(str(folder / "nowhere"))
+
+
+def test_a_config_is_enough_for_dummy_weights(tmp_path: Path) -> None:
+    """DeepSeek-V2.5's own config with smaller numbers, and every other setting at its default; bytes are the tokens."""
+    path = tmp_path / "small-v2.5.json"
+    path.write_text(json.dumps(json.loads(PUBLISHED.read_text()) | SMALLER))
+    llm = LLM(str(path), load_format="dummy", device="cpu", context_length=128, max_total_tokens=256, threads=1)
+    one, two = llm.generate(
+        ["hello", "你好"], SamplingParams(max_new_tokens=12, temperature=0.0, seed=0, ignore_eos=True)
+    )
+    assert (len(one.token_ids), len(two.token_ids)) == (12, 12)
+    assert (one.prompt_ids, two.prompt_ids) == (list(b"hello"), list("你好".encode()))
+    assert one.token_ids != two.token_ids

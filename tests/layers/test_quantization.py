@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from ziphius.errors import ConfigError
 from ziphius.layers import quantization
@@ -13,7 +12,6 @@ from ziphius.layers.quantization import (
     DenseWeight,
     Int8Format,
     Int8Weight,
-    LinearWeight,
     int8_linear,
     quantize_int8,
 )
@@ -87,25 +85,25 @@ def test_loading_in_parts_is_loading_the_whole(monkeypatch: pytest.MonkeyPatch, 
     assert torch.equal(weight.scale, scale)
 
 
-class _Recorder(LinearWeight):
-    loaded = 0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def store_rows(self, start: int, rows: Tensor) -> None:
-        pass
-
-    def on_loaded(self) -> None:
-        self.loaded += 1
-
-
-def test_a_weight_is_told_once_that_it_is_whole() -> None:
-    weight = _Recorder(6, 2)
-    weight.load_rows(2, torch.zeros(4, 2))
-    assert weight.loaded == 0
-    weight.load_rows(0, torch.zeros(2, 2))
-    assert weight.loaded == 1
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("sizes", [(96, 64), (45, 50)])
+def test_random_weights_have_the_deviation_that_was_asked_for(name: str, sizes: tuple[int, int]) -> None:
+    """Whatever the format: seen in products with x of deviation 1, which grow by the root of the inputs' number."""
+    made = make_linear_format(name, torch.float32, CPU)
+    weight, experts = made.linear(*sizes, CPU), made.experts(3, *sizes, CPU)
+    x = torch.randn(200, sizes[1])
+    results = []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        weight.fill_random(0.02, generator)
+        experts.fill_random(0.02, generator)
+        results.append([weight(x), *(experts.apply(i, x) for i in range(3))])
+    for product in results[0]:
+        assert product.std() / sizes[1] ** 0.5 == pytest.approx(0.02, rel=0.1)
+    first, again, other = (torch.stack(products) for products in results)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[1], first[2])
 
 
 @pytest.mark.parametrize("name", ["fp32", "int8"])

@@ -199,11 +199,12 @@ def test_a_ranks_bytes_are_the_planners(name: str, weights_format: Any, size: in
     assert model.nbytes == weight_bytes(config, size, weights_format, float_bytes=4).total
 
 
-@pytest.mark.parametrize("name", ["llama", "V2"])
-def test_dummy_weights(name: str) -> None:
-    """Two ranks draw alike, and the logits are numbers that tell tokens apart."""
+@pytest.mark.parametrize("name", ["llama", "llama tied", "V2"])
+@pytest.mark.parametrize("weights_format", ["fp32", "bf16", "int8"])
+def test_dummy_weights(name: str, weights_format: str) -> None:
+    """Two ranks draw alike, and the logits are numbers that tell tokens apart, of one size in every format."""
     first, second, one = (
-        make_dummy(CONFIGS[name], parallel, "fp32", torch.float32, CPU)
+        make_dummy(CONFIGS[name], parallel, weights_format, torch.float32, CPU)
         for parallel in (ParallelState(0, 2), ParallelState(1, 2), SINGLE)
     )
     assert isinstance(first, Layer)
@@ -211,7 +212,8 @@ def test_dummy_weights(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
     logits = run(one)
     assert logits.isfinite().all()
-    assert logits.std() > 1e-4
+    plain = run(make_dummy(CONFIGS[name], SINGLE, "fp32", torch.float32, CPU))
+    assert 0.5 < logits.std() / plain.std() < 2
 
 
 def test_int8_keeps_what_must_stay_float() -> None:

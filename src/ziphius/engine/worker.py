@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ziphius.engine.loading import LoadedRank
     from ziphius.engine.team import Team
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("ziphius.engine.worker")  # __name__ is __main__ here, which tells nothing in a log
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
@@ -70,10 +70,10 @@ def _run(spec: WorkerSpec) -> int:
         _log.warning("%s", error.message)  # a consequence; the cause is the frontend's to tell
         _tell(error, channel, heart)
     except ZiphiusError as error:
-        _log.error("%s: %s", type(error).__name__, error.message)
+        _log.error("rank %d failed: %s: %s", spec.rank, type(error).__name__, error.message)
         _tell(error, channel, heart)
     except Exception as error:  # noqa: BLE001 - told to the frontend
-        _log.exception("rank %d failed", spec.rank)
+        _log.exception("rank %d failed: %s: %s", spec.rank, type(error).__name__, error)
         _tell(EngineFailed(f"{type(error).__name__}: {error}"), channel, heart)
     finally:
         if channel is not None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _ROWS_AT_ONCE = 1024
 """Rows quantized together while loading."""
+_INT8_STD = ((255**2 - 1) / 12) ** 0.5
+"""Standard deviation of whole numbers drawn evenly from -127..127."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,6 @@ class LinearWeight(Layer, ABC):
     def __init__(self, out_features: int, in_features: int) -> None:
         self.out_features = out_features
         self.in_features = in_features
-        self._rows_to_load = out_features
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,17 +65,12 @@ class LinearWeight(Layer, ABC):
         return residual + self(x)
 
     @abstractmethod
-    def store_rows(self, start: int, rows: Tensor) -> None:
+    def load_rows(self, start: int, rows: Tensor) -> None:
         """Convert `rows` [n, in], any float type, and keep them from row `start` on."""
 
-    def on_loaded(self) -> None:
-        """Called once when every row is stored: the moment to pack the weight for a kernel."""
-
-    def load_rows(self, start: int, rows: Tensor) -> None:
-        self.store_rows(start, rows)
-        self._rows_to_load -= rows.shape[0]
-        if self._rows_to_load == 0:
-            self.on_loaded()
+    @abstractmethod
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        """Random values of standard deviation `std` in place of a checkpoint's."""
 
     def checkpoint_tensors(self, name: str, part: MatrixPart) -> Iterator[CheckpointTensor]:
         """What the checkpoint holds of `part`. A format whose checkpoints hold scales as well names them here."""
@@ -92,6 +88,10 @@ class ExpertWeights(Layer, ABC):
     @abstractmethod
     def load_rows(self, expert: int, start: int, rows: Tensor) -> None:
         """Convert `rows` [n, in], any float type, and keep them from row `start` of `expert` on."""
+
+    @abstractmethod
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        """Random values of standard deviation `std` in place of a checkpoint's."""
 
     def checkpoint_tensors(self, name: str, expert: int, part: MatrixPart) -> Iterator[CheckpointTensor]:
         """What the checkpoint holds of `part` of one expert."""
@@ -126,8 +126,11 @@ class DenseWeight(LinearWeight):
     def __call__(self, x: Tensor) -> Tensor:
         return dense_linear(x, self.weight)
 
-    def store_rows(self, start: int, rows: Tensor) -> None:
+    def load_rows(self, start: int, rows: Tensor) -> None:
         self.weight[start : start + rows.shape[0]].copy_(rows)
+
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        self.weight.normal_(0.0, std, generator=generator)
 
 
 class DenseExperts(ExpertWeights):
@@ -141,6 +144,9 @@ class DenseExperts(ExpertWeights):
 
     def load_rows(self, expert: int, start: int, rows: Tensor) -> None:
         self.weight[expert, start : start + rows.shape[0]].copy_(rows)
+
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        self.weight.normal_(0.0, std, generator=generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +180,11 @@ class Int8Weight(LinearWeight):
     def __call__(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.weight, self.scale)
 
-    def store_rows(self, start: int, rows: Tensor) -> None:
+    def load_rows(self, start: int, rows: Tensor) -> None:
         _store_int8(rows, self.weight[start:], self.scale[start:])
+
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        _random_int8(self.weight, self.scale, std, generator)
 
 
 class Int8Experts(ExpertWeights):
@@ -190,6 +199,9 @@ class Int8Experts(ExpertWeights):
 
     def load_rows(self, expert: int, start: int, rows: Tensor) -> None:
         _store_int8(rows, self.weight[expert, start:], self.scale[expert, start:])
+
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        _random_int8(self.weight, self.scale, std, generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +232,11 @@ class PackedInt8Weight(LinearWeight):
     def __call__(self, x: Tensor) -> Tensor:
         return self._kernel(x, self.packed).to(x.dtype)
 
-    def store_rows(self, start: int, rows: Tensor) -> None:
+    def load_rows(self, start: int, rows: Tensor) -> None:
         _pack_int8(rows, self.packed, start)
+
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        _pack_random_int8(self.packed, std, generator)
 
 
 class PackedInt8Experts(ExpertWeights):
@@ -237,6 +252,10 @@ class PackedInt8Experts(ExpertWeights):
 
     def load_rows(self, expert: int, start: int, rows: Tensor) -> None:
         _pack_int8(rows, self._packed[expert], start)
+
+    def fill_random(self, std: float, generator: torch.Generator) -> None:
+        for packed in self._packed:
+            _pack_random_int8(packed, std, generator)
 
 
 class PackedInt8Format:
@@ -290,6 +309,20 @@ def _without_padding(packed: PackedWeight) -> tuple[Tensor, Tensor]:
 def _pack_int8(rows: Tensor, packed: PackedWeight, start: int) -> None:
     for at in range(0, rows.shape[0], _ROWS_AT_ONCE):
         packed.store_rows(start + at, *quantize_int8(rows[at : at + _ROWS_AT_ONCE]))
+
+
+def _random_int8(weight: Tensor, scale: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill int8 `weight` evenly, and `scale` so that the values it stands for have standard deviation `std`."""
+    weight.random_(-127, 128, generator=generator)
+    scale.fill_(std / _INT8_STD)
+
+
+def _pack_random_int8(packed: PackedWeight, std: float, generator: torch.Generator) -> None:
+    for start in range(0, packed.out_features, _ROWS_AT_ONCE):
+        rows = min(_ROWS_AT_ONCE, packed.out_features - start)
+        weight, scale = torch.empty((rows, packed.in_features), dtype=torch.int8), torch.empty(rows)
+        _random_int8(weight, scale, std, generator)
+        packed.store_rows(start, weight, scale)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

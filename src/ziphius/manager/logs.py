@@ -13,7 +13,9 @@ from typing import BinaryIO
 
 from ziphius.errors import InstanceError
 
-_ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:error|critical) +\S+: (.*)")
+_ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:error|critical) +(\S+): (.*)")
+_OF_A_RANK = "engine."
+"""How the sources of a rank's lines begin."""
 _FOLLOW_POLL_S = 0.2
 _BLOCK = 64 * 1024
 
@@ -62,11 +64,15 @@ def follow(path: Path, lines: int) -> Iterator[str]:
 
 
 def last_error(path: Path) -> str | None:
-    """Why the run ended, as far as its log says: the last error line, else a crash's last line, else None."""
+    """Why the run ended, as far as its log says: the last error line, else a crash's last line, else None.
+
+    Several ranks tell their own misfortunes in any order; the frontend, which knows the cause, is believed first.
+    """
     lines = [line for line in tail(path, 400) if line.strip()]
-    for line in reversed(lines):
-        if match := _ERROR.match(line):
-            return match[1]
+    errors = [match for line in lines if (match := _ERROR.match(line))]
+    of_frontend = [match for match in errors if not match[1].startswith(_OF_A_RANK)]
+    if errors:
+        return (of_frontend or errors)[-1][2]
     # Nothing was logged as an error: the interpreter's own last words.
     for line in lines:
         if line.startswith("Fatal Python error:"):

@@ -5,28 +5,44 @@ For measurements and tests: speed does not care what the weights are, as long as
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ziphius.layers.layer import Layer
+from ziphius.layers.quantization import ExpertWeights, LinearWeight
 
 _STD = 0.02
 """Hugging Face's initializer_range of these models."""
 
 
 def fill_dummy(model: Layer, seed: int = 0) -> None:
-    """Matrices get normal values of standard deviation 0.02, vectors (norms, biases) values around 1.
+    """Matrices get values of standard deviation 0.02, whatever their format; vectors (norms, biases) values around 1.
 
-    118 GB take a few seconds on a GPU. Formats with integer weights get random integers, and scales as vectors.
+    118 GB take a few seconds on a GPU.
     """
     done: set[int] = set()
-    for tensor in model.tensors():
-        if tensor.data_ptr() in done:
+    for part in _parts(model):
+        tensors = [part] if isinstance(part, Tensor) else list(part.tensors())
+        if tensors[0].data_ptr() in done:  # a head tied to the embedding
             continue
-        done.add(tensor.data_ptr())
-        generator = torch.Generator(tensor.device).manual_seed(seed + len(done))
-        if not tensor.is_floating_point():
-            tensor.random_(-127, 128, generator=generator)
-        elif tensor.dim() == 1:
-            tensor.normal_(1.0, _STD, generator=generator)
+        done.add(tensors[0].data_ptr())
+        generator = torch.Generator(tensors[0].device).manual_seed(seed + len(done))
+        if not isinstance(part, Tensor):
+            part.fill_random(_STD, generator)
         else:
-            tensor.normal_(0.0, _STD, generator=generator)
+            part.normal_(1.0 if part.dim() == 1 else 0.0, _STD, generator=generator)
+
+
+def _parts(value: Any) -> Iterator[Tensor | LinearWeight | ExpertWeights]:
+    """Every weight of some format here and below, and every tensor that belongs to none."""
+    if isinstance(value, (Tensor, LinearWeight, ExpertWeights)):
+        yield value
+    elif isinstance(value, Layer):
+        for held in vars(value).values():
+            yield from _parts(held)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parts(item)
