@@ -34,6 +34,7 @@ def slurm(
 
     Of a job that was submitted here, status, logs, chat and stop work as of any instance.
     """
+    from ziphius.cli_print import note
     from ziphius.launchers.engines import refuse_other_engines_options, with_absolute_paths
     from ziphius.launchers.slurm import Allocation, for_job
     from ziphius.manager.slurm import SlurmInstances
@@ -50,6 +51,9 @@ def slurm(
     )
     resolved = for_job(with_absolute_paths(asked), allocation)
     refuse_other_engines_options(resolved)
+    if not allocation.asks_for_cpus:
+        note("Slurm may give one CPU a node and the memory that goes with it: ask for more, as --sbatch "
+             "'--exclusive --mem=0'")  # fmt: skip
     instances = SlurmInstances(ziphius_home(os.environ), os.environ)
     if not submit:
         print(instances.script(resolved, allocation), end="")

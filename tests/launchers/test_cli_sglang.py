@@ -84,6 +84,7 @@ def test_a_slurm_script_is_printed(bench: SglangBench) -> None:
     done = run(bench, "slurm", "--nodes", "2", "--gpus-per-node", "4", "--engine", "sglang", "--model", "a/b")
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=2" in done.stdout
+    assert "--exclusive" in done.stderr
     assert not bench.home.exists()
     assert "Slurm" in run(bench, "slurm", "--submit", "--engine", "sglang", "--model", "a/b").stderr
 

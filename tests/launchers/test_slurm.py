@@ -91,6 +91,13 @@ def test_contradictions(allocation: Allocation, flags: dict[str, Any], reason: s
         made(allocation, **flags)
 
 
+@pytest.mark.parametrize(
+    ("more", "asks"), [((), False), (("--mem=0",), False), (("--exclusive",), True), (("--cpus-per-task=32",), True),
+                       (("-c", "32"), True)])  # fmt: skip
+def test_whether_it_asks_for_cpus(more: tuple[str, ...], asks: bool) -> None:
+    assert Allocation(more=more).asks_for_cpus is asks
+
+
 def test_an_option_of_two_lines_is_refused() -> None:
     with pytest.raises(ConfigError, match="one line"):
         script(Allocation(more=("--comment=a\nrm -rf /",)))

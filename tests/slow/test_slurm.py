@@ -1,8 +1,4 @@
-"""A real Slurm of one node on this machine: submit, status, logs and the end of a job whose server is a stand-in.
-
-ZIPHIUS_TEST_SLURM names a folder that scripts/install_slurm.sh has filled (or may fill); without it one is filled in
-the user's cache.
-"""
+"""A real Slurm of one node on this machine: submit, status, logs and the end of a job whose server is a stand-in."""
 
 from __future__ import annotations
 
@@ -27,7 +23,6 @@ from ziphius.manager.slurm import SlurmInstances
 if TYPE_CHECKING:
     from conftest import SglangBench
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 STAND_IN = Path(__file__).parents[1] / "launchers" / "stand_in"
 _CONF = """\
 ClusterName=test
@@ -97,18 +92,9 @@ def end_daemons(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def slurm(installed_slurm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment in which Slurm's commands talk to a cluster of this machine alone."""
-    if os.geteuid() != 0:
-        pytest.skip("Slurm's daemons are run as root")
-    prefix = os.environ.get("ZIPHIUS_TEST_SLURM")
-    if prefix is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        prefix = str(Path(cache) / "ziphius-tests" / "slurm")
-    done = subprocess.run([str(SCRIPTS / "install_slurm.sh"), prefix], capture_output=True, text=True, timeout=240,
-                          check=False)  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"Slurm cannot be installed here: {done.stderr.strip()[-300:]}")
+    prefix = installed_slurm
     plugins = Path(Path(prefix, ".installed").read_text().strip())
     folder = tmp_path_factory.mktemp("slurm")
     folder.chmod(0o755)
@@ -199,10 +185,14 @@ def test_a_job_that_waits_and_is_stopped_before_it_ran(here: SglangBench) -> Non
 
 def test_a_job_that_fails_is_explained(here: SglangBench) -> None:
     instances, manager = SlurmInstances(here.home, here.env), here.manager()
-    allocation = Allocation()
+    allocation, later = Allocation(), Allocation(more=("--begin=now+1hour",))
     instances.submit(for_job(here.resolved("--stand-in-fail", "memory"), allocation), allocation)
     wait_until(lambda: manager.status("default").state is State.FAILED)
     assert "Raise --mem-fraction" in (manager.status("default").reason or "")
+    instances.submit(for_job(here.resolved(), later), later)
+    assert "memory" in (here.home / "instances/default/node-0.log.1").read_text()
+    assert manager.log_tail("default", 100) == []
+    manager.stop("default", None, quiet)
 
 
 def test_a_refusal_is_told_in_slurms_words(here: SglangBench) -> None:

@@ -36,6 +36,11 @@ class Allocation:
     more: tuple[str, ...] = ()
     """Further options of sbatch."""
 
+    @property
+    def asks_for_cpus(self) -> bool:
+        """Whether it says how many; Slurm gives a task one, and the memory that goes with it, where nobody does."""
+        return any(word.startswith(("--exclusive", "--cpus-per-", "-c")) for word in self.more)
+
 
 def for_job(resolved: Resolved, allocation: Allocation) -> Resolved:
     """The settings on the nodes: all their GPUs where no --tp says otherwise, reachable from the other machines."""
@@ -58,7 +63,8 @@ def for_job(resolved: Resolved, allocation: Allocation) -> Resolved:
 def batch_script(resolved: Resolved, allocation: Allocation, folder: Path, env: Mapping[str, str]) -> str:
     """`resolved`: as `for_job` made it; `folder`: the instance's, which every node must see. No secret is in it."""
     config = resolved.config
-    lines = ["#!/bin/bash", *_directives(resolved, allocation, folder), "set -u"]
+    lines = ["#!/bin/bash", *_directives(resolved, allocation, folder)]
+    lines += [f"# Submitted by hand, it wants its folder: mkdir -p {shlex.quote(str(folder))}", "set -u"]
     lines += ['head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)']
     lines += [f"meet=$head:$(({_FIRST_PORT} + SLURM_JOB_ID % {_PORTS}))"]
     lines += [f"export ZIPHIUS_HOME={shlex.quote(str(ziphius_home(env)))}"]
@@ -67,8 +73,8 @@ def batch_script(resolved: Resolved, allocation: Allocation, folder: Path, env: 
     serve = shlex.join([sys.executable, "-m", "ziphius", "serve", *_flags(resolved)])
     if allocation.nodes > 1:
         serve += f' --nnodes {allocation.nodes} --node-rank "$SLURM_PROCID" --dist-init-addr "$1"'
-    # One that ends ends the others: the rest of a model is of no use.
-    step = ["srun", "--kill-on-bad-exit=1", "--wait=30", "--open-mode=truncate",
+    # One that ends ends the others: the rest of a model is of no use. Ranks and threads share what CPUs the job has.
+    step = ["srun", "--cpu-bind=none", "--kill-on-bad-exit=1", "--wait=30", "--open-mode=truncate",
             f"--output={folder}/node-%t.log"]  # fmt: skip
     lines += [f'exec {shlex.join(step)} /bin/sh -c {shlex.quote("exec " + serve)} ziphius "$meet"']
     return "\n".join(lines) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import socket
 import time
@@ -37,16 +36,10 @@ class SlurmInstances:
             before = observe(self._instances, name, watch_of)
             if before.state.alive:
                 raise AlreadyRunning(f"instance {name} runs already: it is {before.state}; see status")
-            log = self._instances.log_path(name)
-            logs.rotate(log)
-            # The first node's log is the instance's.
-            with contextlib.suppress(FileNotFoundError):
-                log.unlink()
-            log.symlink_to("node-0.log")
+            _make_way(self._instances.log_path(name))
             env = {k: v for k, v in self._env.items() if not k.startswith("ZIPHIUS_")}
             if resolved.config.api_key is not None:
                 env["ZIPHIUS_API_KEY"] = resolved.config.api_key
-            (log.parent / "node-0.log").unlink(missing_ok=True)
             job = slurm_jobs.submit(self.script(resolved, allocation), env)
             record = Record(
                 name=name,
@@ -66,3 +59,12 @@ class SlurmInstances:
                 slurm_jobs.end(job, 0)
                 raise
         return replace(observe(self._instances, name, watch_of), job=job)
+
+
+def _make_way(log: Path) -> None:
+    """The first node's log is the instance's. Those of the last run are kept, as .1."""
+    for old in (log, *log.parent.glob("node-*.log")):
+        if not old.is_symlink():
+            logs.rotate(old)
+    log.unlink(missing_ok=True)
+    log.symlink_to("node-0.log")
