@@ -90,6 +90,11 @@ TOLD = [
     ("ERROR  : Failed to create user namespace: user namespace disabled", "namespaces", "administrator"),
     ("FATAL:   container creation failed: mount hook function failure", "image", "container creation failed"),
     ("Watchdog timeout (self.watchdog_timeout=300)", "watchdog", "--rank-timeout"),
+    (
+        "Subprocess scheduler_0 (pid=6229) crashed with exit code -9. Triggering SIGQUIT for cleanup...",
+        "killed",
+        "process scheduler_0 was ended by signal 9. A 9 that nobody sent is the kernel's",
+    ),
     ("Scheduler or DataParallelController 21333 terminated with 0", "machine 0 ended", "on every machine"),
     (UP + "Health check failed. Server couldn't get a response from detokenizer for", "health", "prefill"),
 ]

@@ -174,6 +174,7 @@ def test_a_killed_rank_is_a_failure_that_leaves_nothing(user: User, sglang_pytho
     assert ranks
     os.kill(ranks[0].pid, signal.SIGKILL)
     wait_until(lambda: user.status()["state"] == "failed")
+    assert "was ended by signal 9" in user.status()["reason"]
     user("stop", wanted=None)
     wait_until(lambda: not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"])
 

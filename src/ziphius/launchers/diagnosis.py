@@ -178,6 +178,10 @@ _TROUBLES = (
     Trouble("health", r"Health check failed\. Server couldn't get a response from detokenizer",
             "A health check got no token within its limit: a long prefill, or a rank that hangs.",
             "Look whether tokens are still generated; lower --chunked-prefill-size if prefills take that long.", _UP),
+    Trouble("killed", r"Subprocess (\w+) \(pid=\d+\) crashed with exit code -(\d+)",
+            "SGLang's process {1} was ended by signal {2}.",
+            "A 9 that nobody sent is the kernel's, when main memory runs out (see dmesg); other numbers are crashes, "
+            "which the lines before tell more of."),
 )  # fmt: skip
 _ERROR = re.compile(r"^(?:\w+\.)*(?:\w*(?:Error|Exception|Interrupt|Exit)): .+")
 _NOT_TOLD = re.compile(r"^(?:\[[^\]]*\] )?(?:server_args=|usage:|Ignore import error)")
