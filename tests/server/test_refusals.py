@@ -40,6 +40,7 @@ def refused(response, param, status=400):
         ("store", True),
         ("chat_template_kwargs", {"thinking": True}),
         ("custom_logit_processor", "x"),
+        ("moderation", {"model": "m"}),
     ],
 )
 def test_unsupported_chat_fields_are_named(http, field, value):
@@ -55,6 +56,7 @@ def test_unsupported_chat_fields_are_named(http, field, value):
         ("metadata", {"a": "b"}), ("parallel_tool_calls", True), ("service_tier", "auto"), ("store", False),
         ("modalities", ["text"]), ("stop", None), ("stop", []), ("stop", ""), ("logit_bias", None), ("stream", None),
         ("n", None), ("top_logprobs", None), ("seed", None), ("lora_path", ""), ("model", "default"), ("model", None),
+        ("prompt_cache_retention", "24h"), ("prompt_cache_options", {"ttl": "1h"}),
     ],
 )  # fmt: skip
 def test_fields_that_ask_for_nothing_are_taken(http, field, value):
@@ -160,6 +162,56 @@ def test_over_the_context_names_both_numbers(http):
     assert "513" in error["message"]
 
 
+def test_what_cannot_fit_is_refused_before_it_is_encoded(http, server, monkeypatch):
+    def encode(*_):
+        raise AssertionError("encoded all the same")
+
+    monkeypatch.setattr(server.service.model.tokenizer, "encode", encode)
+    for response in (
+        http.post("/v1/completions", json={**TEXT, "prompt": "x" * 1_000_000}),
+        http.post("/generate", json={"text": "x" * 1_000_000}),
+        chat(http, messages=[{"role": "user", "content": "x" * 1_000_000}]),
+        chat(http, messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 600_000}]),
+    ):
+        error = refused(response, None)
+        assert error["code"] == "context_length_exceeded"
+        assert "at least" in error["message"]
+        assert "512" in error["message"]
+    error = refused(chat(http, messages=CHAT["messages"] * 513), "messages")
+    assert "513 messages" in error["message"]
+    assert "512 tokens" in error["message"]
+
+
+def test_a_long_conversation_is_encoded_like_a_short_one(http, server):
+    """It goes through a thread."""
+    messages = [{"role": "user", "content": ""}] * 256
+    refused(chat(http, messages=messages), None)
+    refused(chat(http, messages=[*messages, {"role": "wizard", "content": "x"}]), "messages[256].role")
+
+
+def test_errors_repeat_only_the_beginning_of_what_a_caller_made_up(http):
+    long = "x" * 100_000
+    for response in (
+        chat(http, **{long: 1}),
+        chat(http, model=long),
+        chat(http, messages=[{"role": long, "content": "x"}]),
+        chat(http, messages=[{"role": "user", "content": [{"type": long}]}]),
+        chat(http, rid=long),
+    ):
+        assert response.status_code in (400, 404)
+        assert "xxx" in response.text
+        assert len(response.text) < 1000
+
+
+def test_the_prompts_of_a_batch_are_counted_before_their_options_are_read(http, monkeypatch):
+    def checked(*_):
+        raise AssertionError("read all the same")
+
+    monkeypatch.setattr("ziphius.server.native_api.checked", checked)
+    error = refused(http.post("/generate", json={"text": ["a"] * 9999, "sampling_params": [{}] * 9999}), "n")
+    assert "9999 sequences" in error["message"]
+
+
 def test_unknown_model(http):
     error = refused(chat(http, model="nosuch"), "model", 404)
     assert error["code"] == "model_not_found"
@@ -203,7 +255,9 @@ def test_bodies_over_the_limit(start_server):
         headers = {"content-type": "application/json"}
         big = json.dumps({**TEXT, "prompt": "x" * 3000}).encode()
         response = http.post("/v1/completions", content=big, headers=headers)
-        refused(response, None, 413)
+        message = refused(response, None, 413)["message"]
+        assert str(len(big)) in message
+        assert "2048" in message
         response = http.post("/v1/completions", content=iter([big[:1000], big[1000:]]), headers=headers)
         assert response.request.headers["transfer-encoding"] == "chunked"
         refused(response, None, 413)

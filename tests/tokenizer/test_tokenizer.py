@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,22 @@ def test_ids_beyond_the_tokenizer_decode_to_nothing(smollm2: Tokenizer, unknown:
 def test_lone_surrogates_are_the_callers_fault(smollm2: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="surrogate"):
         smollm2.encode("broken \ud800 text")
+
+
+def test_encoding_lets_other_threads_run(smollm2: Tokenizer) -> None:
+    encoding = threading.Thread(target=smollm2.encode, args=("hello world " * 100_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
+
+
+def test_a_text_has_at_least_its_bytes_by_the_longest_piece_tokens(smollm2: Tokenizer, deepseek: Tokenizer) -> None:
+    for tokenizer in (smollm2, deepseek):
+        for text in (" " * 5000, "-" * 5000, "internationalization " * 500, "漢字かな" * 500):
+            assert len(tokenizer.encode(text)) >= len(text.encode()) // tokenizer.longest_piece
 
 
 def test_byte_fallback_tokenizer(llama2_files: TokenizerFiles) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-from ziphius.errors import InvalidRequest, RequestError, UnknownModel, UnsupportedField
+from ziphius.errors import ContextLengthExceeded, InvalidRequest, RequestError, UnknownModel, UnsupportedField
 from ziphius.models.sampling_defaults import SamplingDefaults
 from ziphius.server.protocol import ChatMessage, refuse_unsupported
 from ziphius.server.sampling import ModelLimits
@@ -20,8 +19,10 @@ DEFAULT_ALIAS = "default"
 """SGLang's name for whatever model there is."""
 _INLINE_CHARACTERS = 20_000
 """A text of this size is encoded in a few milliseconds; a longer one goes to a thread, so that streams flow on."""
-
-_Result = TypeVar("_Result")
+_MESSAGE_CHARACTERS = 100
+"""Rendering a message takes as long as encoding so many characters."""
+_SHOWN_CHARACTERS = 40
+"""Of what a caller wrote, in an error about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class ServedModel:
 
     async def encode(self, text: str, param: str) -> list[int]:
         """Ids of a plain text, BOS included where the model wants one. InvalidRequest when there are none."""
-        ids = await self._offloaded(text, True)
+        ids = await self._encoded(len(text), lambda: self._encode(text, add_special_tokens=True))
         if not ids:
             raise InvalidRequest("Prompt cannot be empty", param=param)
         return ids
@@ -69,15 +70,25 @@ class ServedModel:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
         if not messages:
             raise InvalidRequest("Messages cannot be empty.", param="messages")
-        plain = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-        if continue_final and plain[-1]["role"] != "assistant":
-            raise InvalidRequest(
-                "continue_final_message needs a final message of the assistant", param="continue_final_message"
+        if len(messages) > self.limits.context_length:
+            raise ContextLengthExceeded(
+                f"{len(messages)} messages are more than fit the model's context length "
+                f"({self.limits.context_length} tokens).",
+                param="messages",
             )
-        text = template.render(
-            plain, add_generation_prompt=not continue_final, continue_final_message=continue_final
-        )  # fmt: skip
-        ids = await self._offloaded(text, False)
+
+        def render_and_encode() -> list[int]:
+            plain = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+            if continue_final and plain[-1]["role"] != "assistant":
+                raise InvalidRequest(
+                    "continue_final_message needs a final message of the assistant", param="continue_final_message"
+                )
+            text = template.render(
+                plain, add_generation_prompt=not continue_final, continue_final_message=continue_final
+            )  # fmt: skip
+            return self._encode(text, add_special_tokens=False)
+
+        ids = await self._encoded(_characters(messages), render_and_encode)
         if not ids:
             raise InvalidRequest("the chat template makes an empty prompt of these messages", param="messages")
         return ids
@@ -85,11 +96,33 @@ class ServedModel:
     def close(self) -> None:
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
-    async def _offloaded(self, text: str, add_special_tokens: bool) -> list[int]:
-        encode = self.tokenizer.encode
-        if len(text) <= _INLINE_CHARACTERS:
-            return encode(text, add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode, text, add_special_tokens)
+    async def _encoded(self, characters: int, encode: Callable[[], list[int]]) -> list[int]:
+        """What `encode` returns; it is called in a thread if it has to do with many characters."""
+        if characters <= _INLINE_CHARACTERS:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) > _INLINE_CHARACTERS:
+            # Encoding tens of megabytes takes half a minute of a core; most of it need not begin
+            fewest = len(text) // self.tokenizer.longest_piece
+            if fewest > self.limits.context_length:
+                raise ContextLengthExceeded(
+                    f"The input (at least {fewest} tokens) is longer than the model's context length "
+                    f"({self.limits.context_length} tokens)."
+                )
+        return self.tokenizer.encode(text, add_special_tokens)
+
+
+def _characters(messages: Sequence[ChatMessage]) -> int:
+    """About how much there is to render and encode."""
+    total = len(messages) * _MESSAGE_CHARACTERS
+    for message in messages:
+        if isinstance(message.content, list):
+            total += sum(1 + len(part.text or "") for part in message.content)
+        else:
+            total += len(message.content or "")
+    return total
 
 
 def _plain_message(message: ChatMessage, path: str) -> dict[str, str]:
@@ -97,7 +130,10 @@ def _plain_message(message: ChatMessage, path: str) -> dict[str, str]:
     refuse_unsupported(message, path + ".")
     role = message.role.lower()
     if role not in ROLES:
-        raise InvalidRequest(f"{path}.role must be one of {', '.join(sorted(ROLES))}", param=path + ".role")
+        raise InvalidRequest(
+            f"{path}.role must be one of {', '.join(sorted(ROLES))}, not {role[:_SHOWN_CHARACTERS]!r}",
+            param=path + ".role",
+        )
     content = message.content
     if content is None and role != "assistant":
         raise InvalidRequest(f"{path}.content is required", param=path + ".content")
@@ -127,5 +163,6 @@ def _texts(message: ChatMessage, path: str) -> list[str]:
 
 def _unsupported_part(kind: str, where: str) -> RequestError:
     return UnsupportedField(
-        f"Model only supports text input; received unsupported content type '{kind[:40]}' in {where}.", param=where
+        f"Model only supports text input; received unsupported content type '{kind[:_SHOWN_CHARACTERS]}' in {where}.",
+        param=where,
     )

@@ -48,6 +48,7 @@ async def _generate(service: Service, body: GenerateBody, received_at: float) ->
     count, is_batch = _count_prompts(body)
     if count == 0:
         return json_response([])
+    service.client.check_room(count)
     options = _options(model, body, count)
     copies = options[0].sampling.copies
     service.client.check_room(count * copies)

@@ -73,6 +73,8 @@ class OpenAIBody(SamplingFields):
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
     # Not here:
     response_format: Any = None
     lora_path: Any = None
@@ -90,12 +92,14 @@ class OpenAIBody(SamplingFields):
     extra_key: Any = None
     cache_salt: Any = None
     service_tier: Any = None
+    moderation: Any = None
 
 
 _OPENAI_REFUSED = (
     *_SAMPLING_REFUSED, "response_format", "lora_path", "session_id", "session_params", "custom_logit_processor",
     "images_config", "mm_processor_kwargs", "return_hidden_states", "return_routed_experts", "return_token_ids",
     "return_prompt_token_ids", "return_meta_info", "priority", "extra_key", "cache_salt", "service_tier",
+    "moderation",
 )  # fmt: skip
 
 
@@ -254,6 +258,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """Values, besides null, false and empty ones, that ask for nothing."""
 
+_SHOWN_CHARACTERS = 200
+"""Of a name that the caller made up, in an error about it."""
+
 _T = TypeVar("_T", bound=Body)
 _WHERE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"^Object contains unknown field `(?P<name>.*)`$", re.DOTALL)
@@ -289,7 +296,7 @@ def _validation_error(text: str) -> RequestError:
     path = (found["path"] or "").removeprefix("$").removeprefix(".")
     unknown = _UNKNOWN.match(found["what"])
     if unknown is not None:
-        name = f"{path}.{unknown['name']}" if path else unknown["name"]
+        name = (f"{path}.{unknown['name']}" if path else unknown["name"])[:_SHOWN_CHARACTERS]
         return InvalidRequest(f"unrecognized field: {name}", param=name)
     missing = _MISSING.match(found["what"])
     if missing is not None:

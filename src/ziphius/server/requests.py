@@ -41,7 +41,8 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         elif size > max_bytes + _DISCARDED_BYTES:
             break
     if too_large:
-        raise BodyTooLarge(f"the body is larger than {max_bytes} bytes")
+        size_told = f"{declared[:20]} bytes" if declared.isdigit() else f"more than {size} bytes"
+        raise BodyTooLarge(f"the body has {size_told}; this server takes at most {max_bytes} (--max-body-bytes)")
     return b"".join(chunks)
 
 
@@ -58,7 +59,9 @@ def one_rid(rid: str | None) -> str:
     if rid is None:
         return new_rid()
     if not 0 < len(rid) <= _LONGEST_RID or not rid.isprintable():
-        raise InvalidRequest(f"rid must have 1 to {_LONGEST_RID} printable characters", param="rid")
+        raise InvalidRequest(
+            f"rid must have 1 to {_LONGEST_RID} printable characters, not {len(rid)}: {rid[:40]!r}", param="rid"
+        )
     return rid
 
 

@@ -239,8 +239,11 @@ def _stops(value: str | list[str] | None, name: str, tokenizer: Tokenizer) -> tu
         raise InvalidRequest(f"{name} may hold at most {MAX_STOPS} strings, got {len(stops)}.", param=name)
     if not all(stops):
         raise InvalidRequest(f"{name} must not hold an empty string.", param=name)
-    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
-        raise InvalidRequest(f"{name}: a stop string may have at most {MAX_STOP_CHARACTERS} characters.", param=name)
+    longest = max(map(len, stops))
+    if longest > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            f"{name}: a stop string may have at most {MAX_STOP_CHARACTERS} characters, got {longest}.", param=name
+        )
     special: dict[int, str] = {}
     for stop in stops:
         ids = tokenizer.encode(stop, add_special_tokens=False)

@@ -6,6 +6,7 @@ transformers 5 is not used on purpose: it swaps the pre-tokenizer of DeepSeek's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from tokenizers import Tokenizer as Core
 
@@ -52,7 +53,8 @@ class Tokenizer:
         starts with it keeps one. Encode a rendered chat template without. InvalidRequest for lone surrogates.
         """
         try:
-            ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+            # A batch of one: unlike `encode` it lets other threads run meanwhile, and it computes no offsets
+            ids: list[int] = self._core.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError as e:
             raise InvalidRequest("the text holds half of a surrogate pair, which is not valid Unicode") from e
         if add_special_tokens and self._add_bos and ids[:1] != [self.bos_token_id]:
@@ -69,6 +71,11 @@ class Tokenizer:
         skipped = self.special_ids if skip_special_tokens else frozenset()
         text = b"".join([self.pieces[i] for i in ids if i not in skipped]).decode("utf-8", "replace")
         return text.removeprefix(" ") if self.pieces.strips_leading_space else text
+
+    @cached_property
+    def longest_piece(self) -> int:
+        """Bytes of the token that stands for most: a text has at least its bytes divided by this many tokens."""
+        return max(len(self.pieces[token_id]) for token_id in range(self.vocab_size))
 
     def has_token(self, text: str) -> bool:
         """Whether `text` as a whole is one token."""
