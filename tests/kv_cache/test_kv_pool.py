@@ -27,7 +27,7 @@ LLAMA = ModelConfig.from_hf(COMMON | {"architectures": ["LlamaForCausalLM"], "nu
 MLA = ModelConfig.from_hf(
     COMMON
     | {"architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 12, "qk_nope_head_dim": 4}
-    | {"qk_rope_head_dim": 6, "v_head_dim": 4}
+    | {"qk_rope_head_dim": 6, "v_head_dim": 4, "q_lora_rank": None, "n_routed_experts": None}
 )
 
 

@@ -82,12 +82,30 @@ def test_a_quantized_checkpoint_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "key",
+    ["q_lora_rank", "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "topk_method", "n_group",
+     "topk_group", "moe_intermediate_size", "vocab_size", "max_position_embeddings", "norm_topk_prob"],
+)  # fmt: skip
+def test_a_missing_key_is_named_rather_than_guessed(folder: Path, key: str) -> None:
+    config = folder / "config.json"
+    values = json.loads(config.read_text())
+    del values[key]
+    config.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=rf"the key {key} is missing"):
+        find_model(str(folder), {})
+
+
+@pytest.mark.parametrize(
     ("change", "error", "told"),
     [
         ({"kv_lora_rank": None}, ModelError, "kv_lora_rank"),
         ({"num_hidden_layers": "many"}, ModelError, "num_hidden_layers"),
         ({"architectures": ["MixtralForCausalLM"]}, UnsupportedModel, "MixtralForCausalLM"),
         ({"topk_method": "noaux_tc"}, UnsupportedModel, "topk_method"),
+        ({"q_lora_rank": -1}, ModelError, "q_lora_rank must be positive, not -1"),
+        ({"n_shared_experts": -1}, ModelError, "n_shared_experts must be at least 0, not -1"),
+        ({"topk_group": 9}, ModelError, "topk_group must be at most 8, not 9"),
+        ({"num_experts_per_tok": 61}, ModelError, "num_experts_per_tok must be at most 60, not 61"),
     ],
 )
 def test_what_is_missing_or_unknown_is_named(

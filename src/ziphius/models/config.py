@@ -172,12 +172,21 @@ class _Keys:
             raise ModelError(f"{self._where}: {key} must be {kind.__name__}, not {value!r}")
         return value
 
-    def size(self, key: str, default: Any = _REQUIRED) -> int:
-        """A positive integer."""
+    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int | None = None) -> int:
+        """An integer of at least `least` (default: positive) and at most `most`."""
         value: int = self.get(key, int, default)
-        if value <= 0:
-            raise ModelError(f"{self._where}: {key} must be positive, not {value}")
+        if value < least:
+            limit = "positive" if least == 1 else f"at least {least}"
+            raise ModelError(f"{self._where}: {key} must be {limit}, not {value}")
+        if most is not None and value > most:
+            raise ModelError(f"{self._where}: {key} must be at most {most}, not {value}")
         return value
+
+    def size_or_null(self, key: str, *, least: int = 1) -> int | None:
+        """An integer of at least `least`, or None where the config says null: the key must be there."""
+        if key in self._data and self._data[key] is None:
+            return None
+        return self.size(key, least=least)
 
     def ids(self, key: str) -> tuple[int, ...]:
         """A token id, a list of them, or none."""
@@ -189,8 +198,10 @@ class _Keys:
             raise ModelError(f"{self._where}: {key} must be a token id or a list of them, not {value!r}")
         return tuple(values)
 
-    def refuse_unless(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+    def refuse_unless(self, key: str, allowed: tuple[Any, ...], default: Any = _REQUIRED) -> Any:
         value = self._data.get(key, default)
+        if value is _REQUIRED:
+            raise ModelError(f"{self._where}: the key {key} is missing")
         if value not in allowed:
             names = " or ".join(repr(a) for a in allowed)
             raise UnsupportedModel(f"{self._where}: {key} = {value!r} is not supported (only {names})")
@@ -258,7 +269,7 @@ def _common(keys: _Keys) -> dict[str, Any]:
 def _llama(keys: _Keys) -> ModelConfig:
     common = _common(keys)
     heads = common["num_attention_heads"]
-    head_dim = keys.get("head_dim", int, None) or common["hidden_size"] // heads
+    head_dim = keys.size("head_dim", common["hidden_size"] // heads)
     kv_heads = keys.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ModelError(
@@ -279,9 +290,8 @@ def _llama(keys: _Keys) -> ModelConfig:
 def _deepseek_v2(keys: _Keys) -> ModelConfig:
     common = _common(keys)
     keys.refuse_unless("scoring_func", ("softmax",), "softmax")
-    q_lora_rank = keys.get("q_lora_rank", int, None)
     mla = MLAConfig(
-        q_lora_rank=q_lora_rank,
+        q_lora_rank=keys.size_or_null("q_lora_rank"),
         kv_lora_rank=keys.size("kv_lora_rank"),
         qk_nope_head_dim=keys.size("qk_nope_head_dim"),
         qk_rope_head_dim=keys.size("qk_rope_head_dim"),
@@ -300,23 +310,26 @@ def _deepseek_v2(keys: _Keys) -> ModelConfig:
 
 
 def _moe(keys: _Keys) -> MoEConfig | None:
-    if keys.get("n_routed_experts", int, None) is None:
+    experts = keys.size_or_null("n_routed_experts")
+    if experts is None:
         return None
-    experts = keys.size("n_routed_experts")
-    method = keys.refuse_unless("topk_method", ("greedy", "group_limited_greedy"), "greedy")
-    moe = MoEConfig(
+    method = keys.refuse_unless("topk_method", ("greedy", "group_limited_greedy"))
+    groups, kept = 1, 1
+    if method == "group_limited_greedy":
+        groups = keys.size("n_group")
+        if experts % groups:
+            raise ModelError(f"config.json: n_routed_experts {experts} is not a multiple of n_group {groups}")
+        kept = keys.size("topk_group", most=groups)
+    return MoEConfig(
         n_routed_experts=experts,
-        num_experts_per_tok=keys.size("num_experts_per_tok"),
+        num_experts_per_tok=keys.size("num_experts_per_tok", most=experts // groups * kept),
         moe_intermediate_size=keys.size("moe_intermediate_size"),
-        n_shared_experts=keys.get("n_shared_experts", int, 0),
-        first_k_dense_replace=keys.get("first_k_dense_replace", int, 0),
+        n_shared_experts=keys.size_or_null("n_shared_experts", least=0) or 0,
+        first_k_dense_replace=keys.size("first_k_dense_replace", least=0),
         moe_layer_freq=keys.size("moe_layer_freq", 1),
         topk_method=method,
-        n_group=keys.size("n_group", 1),
-        topk_group=keys.size("topk_group", 1),
+        n_group=groups,
+        topk_group=kept,
         norm_topk_prob=keys.get("norm_topk_prob", bool),
         routed_scaling_factor=keys.get("routed_scaling_factor", float),
     )
-    if method == "group_limited_greedy" and experts % moe.n_group:
-        raise ModelError(f"config.json: n_routed_experts {experts} is not a multiple of n_group {moe.n_group}")
-    return moe
