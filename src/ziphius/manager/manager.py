@@ -25,6 +25,8 @@ from ziphius.messages import LoadProgress
 
 _POLL_S = 0.2
 _ASK_TIMEOUT_S = 2.0
+_STOP_S = 90.0
+"""Longer than a stop goes on after the processes have ended: it waits for the memory of GPUs, and the port."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +234,9 @@ class Manager:
             raise
 
     def _died(self, record: Record, code: int) -> StartFailed:
-        now = self._instances.read(record.name)
+        # A stop that ended it says so when all is over, and holds the lock until then.
+        with self._instances.lock(record.name, "start", _STOP_S):
+            now = self._instances.read(record.name)
         if now is None or now.pid != record.pid:
             return StartFailed("it was stopped while it was starting")
         return StartFailed(self._watch(record).last_words() or process.describe_exit(code))
