@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ziphius.kernels.gpu.launch import allow_next, prefetch_rows_l2, wait_for_previous
+from ziphius.kernels.gpu.launch import allow_next, wait_for_previous
 
 
 @triton.jit
@@ -42,8 +42,6 @@ def gate_up_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, num_pa
 
     The weights are the tensor cores' first operand, so that few tokens do not leave most of a tile empty, and BLOCK_N
     gate rows lie over the BLOCK_N up rows that belong to them in one tile.
-
-    The next kernel is let in only after the wait, so that it may read the blocks before its own.
     """
     block = tl.program_id(1)
     r = tl.arange(0, 2 * BLOCK_N)
@@ -81,25 +79,18 @@ def gate_up_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, num_pa
 def down_kernel(act, down, shared_down, out, weights, pairs, block_experts, num_pairs, hidden,
                  EXPERTS: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-                 STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                 STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[p] = weight of pair p x (down act[p]). Grid: groups of TILES hidden blocks, expert blocks.
 
     A product of so few columns is over before its loads have come: so one loop runs over the columns of all TILES
-    blocks, and the next block's weights are on their way while this one is stored. The first block's come into L2
-    while the first product ends: the kernel before it has seen the sorting end before it let this one start.
+    blocks, and the next block's weights are on their way while this one is stored.
     """
     STEPS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     allow_next(PDL)
     block = tl.program_id(1)
     m, j, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    expert = tl.load(block_experts + block, cache_modifier=".cg")
-    if PREFETCH:
-        if expert >= 0:
-            base, stride = _expert_down(expert, down, shared_down, hidden, EXPERTS, WIDTH, SHARED)
-            rows = base + tl.minimum(tl.program_id(0) * TILES * BLOCK_N + j, hidden - 1) * stride
-            size: tl.constexpr = down.dtype.element_ty.primitive_bitwidth // 8
-            prefetch_rows_l2(rows, j, WIDTH * size, PDL)
     wait_for_previous(PDL)
+    expert = tl.load(block_experts + block)
     if expert >= 0:
         pair = tl.load(pairs + block * BLOCK_M + m)
         used = pair < num_pairs

@@ -150,14 +150,9 @@ def grouped_second(
         act, matrices.down, matrices.shared_or_own[1], out, routes.weights, blocks.pairs, blocks.experts, pairs,
         hidden, EXPERTS=matrices.down.shape[0], WIDTH=width, SHARED=matrices.shared, BLOCK_M=blocks.block_size,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k, TILES=config.tiles, STAGES=config.stages,
-        PREFETCH=_prefetches(config, width * act.element_size()), num_warps=config.warps, **gpu.overlap,
+        num_warps=config.warps, **gpu.overlap,
     )  # fmt: skip
     return out
-
-
-def _prefetches(config: GroupedConfig, row_bytes: int) -> bool:
-    """Whether programs of the second product bring their first rows into L2: a row a thread, in 16-byte units."""
-    return config.block_n <= 32 * config.warps and row_bytes % 16 == 0
 
 
 def prompt_experts(

@@ -56,7 +56,7 @@ def split_plan(programs: int, longest: int, processors: int, *, fixed: int | Non
     """`programs` without splitting; `longest`: tokens of the longest sequence there may be; `fixed`: see SplitPlan."""
     if fixed is not None:
         return SplitPlan(triton.next_power_of_2(triton.cdiv(longest, fixed)), fixed)
-    wanted = max(1, min(64, processors // max(1, programs)))
+    wanted = max(1, min(64, 2 * processors // max(1, programs)))
     return SplitPlan(fewer_splits(1 << (wanted.bit_length() - 1), longest), 0)
 
 
@@ -197,8 +197,8 @@ class MLAConfig:
 
 
 def mla_config(heads: int, element_size: int) -> MLAConfig:
-    """Where nothing was measured."""
-    return MLAConfig(16 if heads <= 16 else 32, 16 if element_size == 4 else 32, 3, 4 if heads <= 16 else 8)
+    """Where nothing was measured. Of few heads a program leaves room for a second one on its processor."""
+    return MLAConfig(16 if heads <= 32 else 32, 16 if element_size == 4 else 32, 3, 4 if heads <= 32 else 8)
 
 
 def mla_parts(
