@@ -89,7 +89,7 @@ def test_the_environment_in_an_image(tmp_path: Path) -> None:
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "FLASHINFER_WORKSPACE_BASE",
                  "DG_JIT_CACHE_DIR"):  # fmt: skip
         assert inside[name].startswith("/local/jit/")
-    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_HOME", "ZIPHIUS_API_KEY", "HOME"):
+    for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "CUDA_HOME", "HF_HOME", "ZIPHIUS_API_KEY", "HOME"):
         assert name not in inside
     assert not any(SECRET in word for word in launch.argv)
     assert "ZIPHIUS_API_KEY" not in launch.env

@@ -173,7 +173,8 @@ class TestServer:
         assert env["HF_TOKEN"] == SECRET
         assert env["TRITON_CACHE_DIR"] == str(compiled / "triton")
         assert env["HF_HUB_CACHE"] == str(tmp_path / "hf" / "hub")
-        assert {"PYTHONPATH", "PRIVATE", "ZIPHIUS_HOME"}.isdisjoint(env)
+        # HF_HOME: what is there beside the hub's cache, and must be written, has no mount.
+        assert {"PYTHONPATH", "PRIVATE", "ZIPHIUS_HOME", "HF_HOME"}.isdisjoint(env)
         assert "/host" not in env.get("LD_LIBRARY_PATH", "")
         assert found["others"][-2:] == ["--stand-in-json", '{"a": "b,c"}']
         assert found["model"] == ["config.json"]

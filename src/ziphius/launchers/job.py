@@ -21,8 +21,9 @@ _FORWARDED_PREFIXES = ("HF_", "NCCL_", "SGLANG_", "SGL_", "CUDA_", "GLOO_", "UCX
 _FORWARDED = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy",
               "all_proxy", "TZ", "LANG", "LC_ALL", "MASTER_ADDR", "MASTER_PORT", "PYTORCH_CUDA_ALLOC_CONF",
               "PYTORCH_ALLOC_CONF")  # fmt: skip
-# Folders of the host, of its own CUDA among them: the image has its own.
-_OF_THE_HOST = ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "TRITON_PTXAS_PATH")
+# Folders of the host: the image has its own CUDA, and of the hub's folder, in which a model's own code is unpacked too,
+# only the cache is there; the rest is then in XDG_CACHE_HOME.
+_OF_THE_HOST = ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "TRITON_PTXAS_PATH", "HF_HOME")
 CACHE_FOLDERS = {
     "XDG_CACHE_HOME": "xdg",
     "TRITON_CACHE_DIR": "triton",

@@ -13,8 +13,8 @@ from ziphius.manager.instance import Instances, Record, State
 from ziphius.manager.watch import Watch, WatchOf
 from ziphius.messages import LoadProgress
 
-_BIND_S = 15.0
 _ASK_S = 3.0
+_BIND_S = 15.0
 """So long a young process may take before it listens; an older one that does not is unhealthy."""
 
 
