@@ -10,7 +10,8 @@ import pytest
 from hub_model import MODEL, SHARDS, fails, files, part_of
 from stand_in_hub import GOOD_TOKEN, OTHER_TOKEN, Fault, StandInHub
 
-from ziphius.errors import CheckpointError, DownloadError, ModelError, ModelNotFound, UnsupportedModel
+from ziphius.errors import CheckpointError, ConfigError, DownloadError, ModelError, ModelNotFound, UnsupportedModel
+from ziphius.models.config import ModelConfig
 from ziphius.models.hub import fetch_snapshot
 from ziphius.models.hub_settings import HubSettings
 
@@ -115,6 +116,15 @@ def test_a_silent_server(hub: StandInHub, settings: HubSettings, monkeypatch: py
     message = fails(replace(settings, waits=()), DownloadError)
     assert "was lost at 0 of 3000000 bytes" in message
     assert "timed out" in message.lower()
+
+
+def test_a_config_that_does_not_suit_costs_no_download(hub: StandInHub, settings: HubSettings) -> None:
+    def check(config: ModelConfig) -> None:
+        raise ConfigError(f"3 ranks cannot share {config.num_attention_heads} heads")
+
+    with pytest.raises(ConfigError, match="3 ranks cannot share 2 heads"):
+        fetch_snapshot(MODEL, settings, check=check)
+    assert hub.counts() == {}
 
 
 @pytest.mark.parametrize(

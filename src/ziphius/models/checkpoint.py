@@ -12,6 +12,7 @@ from ziphius.models import pull
 from ziphius.models.config import ModelConfig
 from ziphius.models.gguf_file import GGUFFile
 from ziphius.models.gguf_tokenizer import tokenizer_files
+from ziphius.models.hub_settings import ConfigCheck
 from ziphius.models.pull import Progress
 from ziphius.models.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from ziphius.tokenizer.files import TokenizerFiles, read_chat_template, read_tokenizer_folder
@@ -44,6 +45,7 @@ def open_checkpoint(
     load_format: str = "auto",
     chat_template: str | None = None,
     update: bool = False,
+    check: ConfigCheck | None = None,
 ) -> Checkpoint:
     """Open a local folder or file, or a model that is fetched if it is absent.
 
@@ -53,25 +55,30 @@ def open_checkpoint(
 
     `load_format` dummy: random weights will do, so none are fetched, and bytes are the tokens where there is no
     tokenizer. `revision`: which of the hub's (branch, tag or commit); `update`: ask the hub whether it has moved.
-    `chat_template`: a Jinja file in place of the checkpoint's own. Anything wrong is a ModelError that names the file
-    and what was tried, or a ConfigError for an option that the model contradicts.
+    `chat_template`: a Jinja file in place of the checkpoint's own. `check` sees the config, before weights are fetched
+    where they must be; what it raises is raised here. Anything wrong is a ModelError that names the file and what was
+    tried, or a ConfigError for an option that the model contradicts.
     """
-    checkpoint = _open(model, home, on_progress, revision, load_format == "auto", update)
+    template = None if chat_template is None else read_chat_template(Path(chat_template).expanduser())
+    checkpoint = _open(model, home, on_progress, revision, load_format == "auto", update, check)
+    if check is not None:
+        check(checkpoint.config)
     if checkpoint.tokenizer is None and load_format == "dummy":
         from ziphius.tokenizer.placeholder import placeholder_files  # here: it needs the tokenizers library
 
         config = checkpoint.config
         checkpoint = replace(checkpoint, tokenizer=placeholder_files(config.vocab_size, config.eos_token_ids))
-    if chat_template is None:
+    if template is None:
         return checkpoint
     if checkpoint.tokenizer is None:
         raise ConfigError(f"a chat template needs a tokenizer, and {model} has none", param="chat_template")
-    template = read_chat_template(Path(chat_template).expanduser())
     return replace(checkpoint, tokenizer=replace(checkpoint.tokenizer, chat_template=template))
 
 
-def open_configured(config: ServeConfig, home: Path, on_progress: Progress | None = None) -> Checkpoint:
-    """The checkpoint that an instance's settings name."""
+def open_configured(
+    config: ServeConfig, home: Path, on_progress: Progress | None = None, check: ConfigCheck | None = None
+) -> Checkpoint:
+    """The checkpoint that an instance's settings name; see `open_checkpoint`."""
     return open_checkpoint(
         config.model,
         home,
@@ -79,11 +86,18 @@ def open_configured(config: ServeConfig, home: Path, on_progress: Progress | Non
         revision=config.revision,
         load_format=config.load_format,
         chat_template=config.chat_template,
+        check=check,
     )
 
 
 def _open(
-    model: str, home: Path, on_progress: Progress | None, revision: str | None, weights: bool, update: bool
+    model: str,
+    home: Path,
+    on_progress: Progress | None,
+    revision: str | None,
+    weights: bool,
+    update: bool,
+    check: ConfigCheck | None,
 ) -> Checkpoint:
     if model in pull.fetchable_models():
         checkpoint = _open_gguf(pull.fetch(model, home, on_progress, revision=revision), model)
@@ -103,7 +117,7 @@ def _open(
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
     if pull.is_hub_id(model):
-        folder = pull.fetch(model, home, on_progress, revision=revision, weights=weights, update=update)
+        folder = pull.fetch(model, home, on_progress, revision=revision, weights=weights, update=update, check=check)
         return replace(_open_folder(folder, model), commit=folder.name)
     known = ", ".join(pull.fetchable_models())
     raise ModelNotFound(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ziphius.errors import DownloadError
 from ziphius.models.hub_cache import HubCache, has_tokenizer, is_commit, missing_files
-from ziphius.models.hub_settings import HubSettings, Report, Snapshot
+from ziphius.models.hub_settings import ConfigCheck, HubSettings, Report, Snapshot
 
 DEFAULT_REVISION = "main"
 
@@ -21,11 +21,13 @@ def fetch_snapshot(
     revision: str | None = None,
     weights: bool = True,
     update: bool = False,
+    check: ConfigCheck | None = None,
 ) -> Snapshot:
     """The folder of `model_id` (OWNER/NAME) in the cache, completed from the hub where something is missing.
 
     `revision`: a branch, tag or commit (default: main). `weights` False leaves the weights out. `update` asks the
-    hub even when the cache has all. What `on_progress` raises ends the fetching cleanly.
+    hub even when the cache has all. `check` sees the config before weights are fetched (not where all is there). What
+    it or `on_progress` raises ends the fetching cleanly.
 
     ModelNotFound for what the hub does not have, DownloadError for everything that goes wrong on the way, in one
     line; what was fetched is kept, and the next call goes on from there. ModelError for a config or weights that
@@ -43,7 +45,7 @@ def fetch_snapshot(
     # The libraries take a quarter of a second, which a model in the cache need not wait for
     from ziphius.models.hub_fetch import fetch_missing
 
-    return fetch_missing(cache, revision, settings, on_progress, weights=weights, fallback=found)
+    return fetch_missing(cache, revision, settings, on_progress, weights=weights, fallback=found, check=check)
 
 
 def _cached(cache: HubCache, revision: str, weights: bool) -> Snapshot | None:

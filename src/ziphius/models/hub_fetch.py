@@ -17,7 +17,7 @@ from ziphius.models.config import ModelConfig
 from ziphius.models.hub_cache import INDEX_FILE, HubCache, small_files, weight_files
 from ziphius.models.hub_download import Downloader, RemoteFile, bring_all
 from ziphius.models.hub_errors import Asked, disk_error, is_passing, told
-from ziphius.models.hub_settings import HubSettings, Report, Snapshot
+from ziphius.models.hub_settings import ConfigCheck, HubSettings, Report, Snapshot
 from ziphius.models.rate import RateMeter, size_words
 
 _POLL_S = 0.25
@@ -34,6 +34,7 @@ def fetch_missing(
     *,
     weights: bool,
     fallback: Snapshot | None,
+    check: ConfigCheck | None,
 ) -> Snapshot:
     """Complete the snapshot of `revision` as it is on the hub now. `fallback` is used when the hub does not answer.
 
@@ -49,7 +50,7 @@ def fetch_missing(
         raise told(e, asked) from e
     _log.info("%s: revision %s is commit %s", asked.model_id, revision, commit)
     try:
-        return _Fetch(asked, commit, files, cache, settings, on_progress).run(weights)
+        return _Fetch(asked, commit, files, cache, settings, on_progress).run(weights, check)
     except OSError as e:
         raise disk_error(e, asked, settings.cache) from e
 
@@ -94,11 +95,13 @@ class _Fetch:
         self._on_progress = on_progress
         self._folder = cache.snapshot(commit)
 
-    def run(self, weights: bool) -> Snapshot:
+    def run(self, weights: bool, check: ConfigCheck | None) -> Snapshot:
         if "config.json" not in self._files:
             raise CheckpointError(f"{self._asked.model_id} has no config.json: it is not in Hugging Face's format")
         self._bring(small_files(self._files), "configs")
-        self._check_config()
+        config = self._config()
+        if check is not None:
+            check(config)
         if weights:
             if INDEX_FILE in self._files:
                 self._bring([INDEX_FILE], "configs")
@@ -109,10 +112,10 @@ class _Fetch:
         self._downloader().remember_revision()
         return Snapshot(self._folder, self._commit)
 
-    def _check_config(self) -> None:
+    def _config(self) -> ModelConfig:
         """A model that this engine does not have is told before its weights are fetched."""
         try:
-            ModelConfig.from_folder(self._folder)
+            return ModelConfig.from_folder(self._folder)
         except ModelError as e:
             raise type(e)(f"{self._asked.model_id}: {e.message}") from e
 

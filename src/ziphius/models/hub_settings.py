@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ziphius.messages import LoadProgress
+from ziphius.models.config import ModelConfig
 
 Report = Callable[[LoadProgress], None]
+ConfigCheck = Callable[[ModelConfig], None]
+"""Sees a model's config before its weights are fetched; what it raises ends the fetching."""
 
 
 @dataclass(frozen=True, slots=True)

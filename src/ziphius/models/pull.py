@@ -28,7 +28,7 @@ from pathlib import Path
 from ziphius.errors import ConfigError, DownloadError, ModelNotFound
 from ziphius.messages import LoadProgress
 from ziphius.models.hub import fetch_snapshot
-from ziphius.models.hub_settings import HubSettings
+from ziphius.models.hub_settings import ConfigCheck, HubSettings
 from ziphius.models.sampling_defaults import SamplingDefaults
 from ziphius.paths import models_folder
 
@@ -96,14 +96,15 @@ def fetch(
     revision: str | None = None,
     weights: bool = True,
     update: bool = False,
+    check: ConfigCheck | None = None,
     hub: HubSettings | None = None,
 ) -> Path:
     """The path of `model`, downloaded if it is absent or damaged: a file under `home`, or a folder of the hub's cache.
 
-    Safe for several processes at once: one downloads, the others wait for it. `revision`, `weights`, `update`:
-    see `hub.fetch_snapshot`; `hub`: instead of what the environment says. `full_check` hashes the default model's
-    file again. ModelNotFound for an id that cannot be fetched; DownloadError in one line for everything that can
-    go wrong on the way; ConfigError for a revision of what has none.
+    Safe for several processes at once: one downloads, the others wait for it. `revision`, `weights`, `update`,
+    `check`: see `hub.fetch_snapshot`; `hub`: instead of what the environment says. `full_check` hashes the default
+    model's file again. ModelNotFound for an id that cannot be fetched; DownloadError in one line for everything that
+    can go wrong on the way; ConfigError for a revision of what has none.
     """
     if model == SMOLLM2.model_id:
         refuse_revision(model, revision)
@@ -111,7 +112,8 @@ def fetch(
     if not is_hub_id(model):
         raise ModelNotFound(f"{model!r} cannot be fetched: it is neither {SMOLLM2.model_id} nor OWNER/NAME of the hub")
     settings = hub or HubSettings.from_environment()
-    return fetch_snapshot(model, settings, on_progress, revision=revision, weights=weights, update=update).path
+    found = fetch_snapshot(model, settings, on_progress, revision=revision, weights=weights, update=update, check=check)
+    return found.path
 
 
 def refuse_revision(model: str, revision: str | None) -> None:

@@ -29,6 +29,7 @@ from ziphius.errors import EngineFailed, ModelError, RankLost, ZiphiusError
 from ziphius.ipc import FrontendChannel, socket_address
 from ziphius.messages import Fatal, LoadProgress, Ready
 from ziphius.models.checkpoint import Checkpoint, open_configured
+from ziphius.models.config import ModelConfig
 from ziphius.paths import ziphius_home
 from ziphius.server.app import build_app
 from ziphius.server.engine_client import EngineClient, EngineEvents
@@ -38,6 +39,7 @@ from ziphius.server.metrics import Exposition, Metrics
 from ziphius.server.model import ModelInfo, ServedModel
 from ziphius.server.node import serve_node
 from ziphius.server.private_folder import private_folder
+from ziphius.server.progress_log import ProgressLog
 from ziphius.server.ranks import Ranks, check_tp
 from ziphius.server.service import Service
 from ziphius.server.workers import kill_children
@@ -46,7 +48,6 @@ from ziphius.tokenizer.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_SEND_S = 1.0
-_PROGRESS_LOG_S = 5.0
 
 _Result = TypeVar("_Result")
 
@@ -81,8 +82,7 @@ class _Server:
         self._stopping = asyncio.Event()
         self._fatal: Fatal | None = None
         self._ranks: Ranks | None = None
-        self._logged_phase = ""
-        self._logged_at = 0.0
+        self._progress_log = ProgressLog()
 
     async def run(self) -> int:
         """The exit code."""
@@ -155,10 +155,12 @@ class _Server:
         def report(progress: LoadProgress) -> None:
             loop.call_soon_threadsafe(self._on_progress, progress)
 
-        checkpoint = open_configured(self._config, ziphius_home(os.environ), report)
+        def check(config: ModelConfig) -> None:
+            check_tp(self._config, config)
+
+        checkpoint = open_configured(self._config, ziphius_home(os.environ), report, check)
         if checkpoint.tokenizer is None:
             raise ModelError(f"{checkpoint.path} has no tokenizer.json")
-        check_tp(self._config, checkpoint)
         at = "" if checkpoint.commit is None else f", commit {checkpoint.commit}"
         logger.info("model %s (%s) from %s%s", checkpoint.name, checkpoint.config.architecture, checkpoint.path, at)
         return checkpoint, Tokenizer.from_files(checkpoint.tokenizer)
@@ -211,12 +213,7 @@ class _Server:
 
     def _on_progress(self, progress: LoadProgress) -> None:
         self._service.progress = progress
-        now = time.monotonic()
-        if progress.phase == self._logged_phase and now - self._logged_at < _PROGRESS_LOG_S:
-            return
-        self._logged_phase, self._logged_at = progress.phase, now
-        percent = f" {100 * progress.done // progress.total}%" if progress.total and progress.done else ""
-        logger.info("%s%s %s", progress.phase, percent, progress.detail)
+        self._progress_log(progress)
 
     def _on_ready(self, ready: Ready) -> None:
         # What start-up made stays for good: without it the collector has little to walk, and pauses are short

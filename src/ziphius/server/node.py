@@ -21,6 +21,7 @@ from ziphius.paths import ziphius_home
 from ziphius.server.failures import Cause, Failure, Failures
 from ziphius.server.node_link import NodeBeat, NodeEnd, NodeFailed, NodeLink, NodeRefused, NodeWelcome
 from ziphius.server.private_folder import private_folder
+from ziphius.server.progress_log import ProgressLog
 from ziphius.server.rank_group import RankGroup
 from ziphius.server.ranks import check_tp, hello_of
 from ziphius.server.workers import kill_children
@@ -35,8 +36,8 @@ def serve_node(config: ServeConfig) -> int:
 
     ConfigError or ModelError before anything is started. Call it in the main thread, with logging configured.
     """
-    checkpoint = open_configured(config, ziphius_home(os.environ))
-    check_tp(config, checkpoint)
+    home = ziphius_home(os.environ)
+    checkpoint = open_configured(config, home, ProgressLog(), lambda model: check_tp(config, model))
     folder = private_folder()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -91,7 +91,7 @@ async def _completion(service: Service, body: CompletionBody) -> Response:
 async def _prompts(model: ServedModel, body: CompletionBody) -> tuple[tuple[str, ...], list[list[int]]]:
     """The prompts as text (only where they must be echoed) and as ids."""
     prompt = body.prompt
-    if not prompt:
+    if not prompt and not (prompt == "" and body.suffix):  # an editor's cursor may stand before all text
         raise InvalidRequest("Prompt cannot be empty", param="prompt")
     if body.suffix and not isinstance(prompt, str):
         raise InvalidRequest("suffix needs a prompt that is one text", param="suffix")

@@ -10,6 +10,7 @@ from ziphius.config import ServeConfig
 from ziphius.engine.ranks import rank_specs
 from ziphius.messages import LoadProgress
 from ziphius.models.checkpoint import Checkpoint
+from ziphius.models.config import ModelConfig
 from ziphius.planner.memory import WeightsFormat
 from ziphius.planner.validity import require_tp
 from ziphius.server.failures import Failure, Failures
@@ -81,7 +82,7 @@ def hello_of(config: ServeConfig, checkpoint: Checkpoint) -> NodeHello:
     )
 
 
-def check_tp(config: ServeConfig, checkpoint: Checkpoint) -> None:
+def check_tp(config: ServeConfig, model: ModelConfig) -> None:
     """ConfigError when --tp ranks cannot share the model: before anything is started for it."""
     weights: dict[str, WeightsFormat] = {"fp8": "fp8", "int4": "int4"}
-    require_tp(checkpoint.config, config.tp, weights.get(config.weights_format, "bf16"))
+    require_tp(model, config.tp, weights.get(config.weights_format, "bf16"))
