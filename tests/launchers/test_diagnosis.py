@@ -95,6 +95,26 @@ TOLD = [
         "killed",
         "process scheduler_0 was ended by signal 9. A 9 that nobody sent is the kernel's",
     ),
+    (
+        "docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+        "docker's daemon",
+        "--runtime apptainer",
+    ),
+    (
+        "docker: permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock",
+        "docker's daemon",
+        "join its group",
+    ),
+    (
+        'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]].',
+        "docker without GPUs",
+        "container toolkit",
+    ),
+    (
+        "docker: Error response from daemon: manifest for a/b:c not found: manifest unknown.",
+        "docker",
+        "manifest unknown. Check --image",
+    ),
     ("Scheduler or DataParallelController 21333 terminated with 0", "machine 0 ended", "on every machine"),
     (UP + "Health check failed. Server couldn't get a response from detokenizer for", "health", "prefill"),
 ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ziphius.errors import StartFailed
+from ziphius.errors import InstanceError, StartFailed
 from ziphius.launchers.launcher import Launch
 from ziphius.manager import process
 
@@ -101,3 +102,18 @@ def test_exits_in_words() -> None:
     assert "SIGSEGV" in process.describe_exit(-signal.SIGSEGV)
     assert "out of memory" in process.describe_exit(-signal.SIGKILL)
     assert "signal 63" in process.describe_exit(-63)
+
+
+@pytest.mark.parametrize(
+    ("said", "nothing_left"),
+    [
+        ("Error: No such container: ziphius-default", True),
+        ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?", True),
+        ("failed to connect to the docker API at unix:///var/run/docker.sock", True),
+        ("Error response from daemon: container is locked", False),
+    ],
+)
+def test_a_clean_up_with_nothing_left_to_do_is_no_error(said: str, nothing_left: bool) -> None:
+    command = ("/bin/sh", "-c", f"echo '{said}' >&2; exit 1")
+    with contextlib.nullcontext() if nothing_left else pytest.raises(InstanceError, match=said):
+        process.clean_up(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,6 +24,8 @@ _SETTLE_S = 2.0
 """Beyond the drain itself: how long the main process gets to end its last requests, and its workers after it."""
 _KILL_S = 15.0
 _CLEANUP_S = 60.0
+# As docker tells it. Where its daemon is out of reach, no container was started, or all ended with the daemon.
+_NOTHING_LEFT = re.compile(r"No such container|connect to the docker (?:daemon|API)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def clean_up(command: tuple[str, ...]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CLEANUP_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as e:
         raise InstanceError(f"{' '.join(command)}: {e}") from e
-    if done.returncode and "No such container" not in done.stderr:
+    if done.returncode and not _NOTHING_LEFT.search(done.stderr):
         raise InstanceError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
