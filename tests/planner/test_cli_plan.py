@@ -54,6 +54,24 @@ def test_one_screen_tells_why(run, v25_folder: Path) -> None:
     assert "Tokens/s at most" in text
 
 
+@pytest.mark.parametrize("name", ["1xh200", "2xh200", "8xh100", "mixed", "busy", "mig", "cpu-only"])
+@pytest.mark.parametrize("columns", [80, 100])
+def test_lines_keep_to_the_terminal(
+    run, v25_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch, name: str, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = run("plan", v25_folder, "--host-file", data / f"host-{name}.json")
+    assert not [line for line in done.stdout.splitlines() if len(line) > columns and "/" not in line]
+
+
+def test_the_broken_block_and_the_missing_gpus_are_named(run, v25_folder: Path) -> None:
+    told = " ".join(run("plan", v25_folder, "--gpu", "4xH200").stdout.split())
+    assert "TP 8 in fp8 and int4: expert width 1,536 / 8 = 192 = 1 x 128 + 64" in told
+    told = " ".join(run("plan", v25_folder, "--gpu", "H200", "--tp", "4").stdout.split())
+    assert "but 3 of these 4 GPUs are not there" in told
+    assert "more GPUs: 3 more GPUs beside 1 x NVIDIA H200" in told
+
+
 @pytest.mark.parametrize(
     ("words", "status"),
     [

@@ -43,6 +43,8 @@ def test_named_gpus() -> None:
         ("RTX 5090", "NVIDIA GeForce RTX 5090"),
         ("H100-PCIe", "NVIDIA H100 PCIe"),
         ("H20", "NVIDIA H20"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3"),
+        ("A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB"),
     ],
 )
 def test_every_way_to_write_a_card(spec: str, name: str) -> None:

@@ -57,6 +57,14 @@ def test_the_svg_is_well_formed_and_tells_sizes(plans: list[Plan]) -> None:
         assert all("GiB" in tip for tip in tips)
 
 
+def test_the_svg_says_what_cannot_run_yet(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    root = ElementTree.fromstring(svg(build_plan(source(v25), host("mixed"), PlanRequest())))
+    texts = [e.text or "" for e in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "fp8 is planned, not in this version" in " ".join(texts)
+    assert any("routed experts 103.7" in text for text in texts)
+    assert max(map(len, texts)) <= 118
+
+
 def test_names_are_escaped(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
     plan = build_plan(source(v2_lite, name="<&>"), host("1xh200"), PlanRequest())
     ElementTree.fromstring(svg(plan))

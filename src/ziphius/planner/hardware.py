@@ -111,8 +111,11 @@ def _plain(name: str) -> str:
 
 
 def card_by_short_name(name: str) -> Card | None:
+    """By the name that --gpu takes, another spelling of it, or the driver's own; None for an unknown one."""
     plain = _plain(name)
-    by_plain = {_plain(short): short for short in CARDS} | _ALIASES
+    by_plain = {_plain(card.name): short for short, card in CARDS.items()}
+    by_plain |= {full.removeprefix("NVIDIA"): short for full, short in by_plain.items()}
+    by_plain |= {_plain(short): short for short in CARDS} | _ALIASES
     short = by_plain.get(plain)
     return CARDS[short] if short else None
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from ziphius.messages import Ready
+from typing import Protocol
+
 from ziphius.planner.memory import gib
 
 TOLERANCE = 0.03
 """A measured value further than this from the predicted one is told as a warning."""
+
+
+class Loaded(Protocol):
+    """The numbers of one rank, as `messages.Ready` has them."""
+
+    weight_bytes: int
+    kv_tokens: int
+    predicted_weight_bytes: int
+    predicted_kv_tokens: int
 
 
 def gap_of(predicted: int, measured: int) -> float:
@@ -14,13 +24,13 @@ def gap_of(predicted: int, measured: int) -> float:
     return (measured - predicted) / predicted if predicted else 0.0
 
 
-def compare(ready: Ready) -> tuple[tuple[str, bool], ...]:
+def compare(loaded: Loaded) -> tuple[tuple[str, bool], ...]:
     """(a line for the log, whether it is further off than TOLERANCE) for weights and for KV tokens."""
-    weights = gap_of(ready.predicted_weight_bytes, ready.weight_bytes)
-    tokens = gap_of(ready.predicted_kv_tokens, ready.kv_tokens)
+    weights = gap_of(loaded.predicted_weight_bytes, loaded.weight_bytes)
+    tokens = gap_of(loaded.predicted_kv_tokens, loaded.kv_tokens)
     return (
-        _line("weights", gib(ready.predicted_weight_bytes), gib(ready.weight_bytes), weights),
-        _line("KV cache", f"{ready.predicted_kv_tokens:,}", f"{ready.kv_tokens:,} tokens", tokens),
+        _line("weights", gib(loaded.predicted_weight_bytes), gib(loaded.weight_bytes), weights),
+        _line("KV cache", f"{loaded.predicted_kv_tokens:,}", f"{loaded.kv_tokens:,} tokens", tokens),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from xml.sax.saxutils import escape
 
 from ziphius.planner.hardware import describe
@@ -22,7 +23,7 @@ COLORS: dict[Key, str] = {
     "over": "#cc3333",
 }
 _WIDTH, _LEFT, _BAR_WIDTH, _BAR_HEIGHT, _STEP = 960, 90, 840, 30, 44
-_TOP = 74
+_HEAD, _LINE, _LINE_CHARACTERS = 28, 20, 118
 _FONT = 'font-family="system-ui, sans-serif"'
 
 
@@ -30,32 +31,39 @@ def svg(plan: Plan) -> str:
     """A whole SVG document. Bars share one scale; hovering over a segment tells its name and size."""
     drawn = bars(plan)
     longest = max((sum(s.nbytes for s in bar.segments) for bar in drawn), default=1) or 1
-    height = _TOP + _STEP * len(drawn) + 60
+    lines = [line for text in _under_the_title(plan) for line in textwrap.wrap(text, _LINE_CHARACTERS)]
+    top = _HEAD + _LINE * len(lines) + 24
+    height = top + _STEP * len(drawn) + 64
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}">',
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-        _text(16, 28, _title(plan), size=18, weight="bold"),
-        _text(16, 52, _subtitle(plan)),
+        _text(16, _HEAD, _title(plan), size=18, weight="bold"),
     ]
+    parts += [_text(16, _HEAD + 2 + _LINE * i, line) for i, line in enumerate(lines, 1)]
     for i, bar in enumerate(drawn):
-        parts += _bar(bar, _TOP + i * _STEP, longest)
-    parts += _legend(drawn, _TOP + _STEP * len(drawn) + 24)
+        parts += _bar(bar, top + i * _STEP, longest)
+    parts += _legend(drawn, top + _STEP * len(drawn) + 22)
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _title(plan: Plan) -> str:
     shown = plan.shown
     if shown is None:
-        return f"{plan.model.name} on {describe(plan.host)}"
-    return f"{plan.model.name}: {shown.engine}, TP {shown.tp}, {shown.weights_format} on {describe(plan.host)}"
+        return plan.model.name
+    return f"{plan.model.name}: {shown.engine}, TP {shown.tp}, {shown.weights_format}"
 
 
-def _subtitle(plan: Plan) -> str:
-    return plan.shown.reason if plan.shown is not None else "no size divides this model"
+def _under_the_title(plan: Plan) -> list[str]:
+    shown = plan.shown
+    if shown is None:
+        return [describe(plan.host), "no size divides this model"]
+    missing = f"; {shown.missing_gpus} of these GPUs would have to be added" if shown.missing_gpus else ""
+    not_yet = f" ({shown.not_yet})" if shown.not_yet else ""
+    return [f"on {describe(plan.host)}{missing}", shown.reason + not_yet]
 
 
 def _bar(bar: Bar, y: int, longest: int) -> list[str]:
-    parts = [_text(16, y + 20, bar.label)]
+    parts = [_text(16, y + 14, bar.label), _text(16, y + 28, f"{bar.total_bytes / GIB:.1f} GiB", size=11)]
     x = float(_LEFT)
     for segment in bar.segments:
         width = _BAR_WIDTH * segment.nbytes / longest
@@ -76,17 +84,21 @@ def _bar(bar: Bar, y: int, longest: int) -> list[str]:
 
 
 def _legend(drawn: tuple[Bar, ...], y: int) -> list[str]:
+    """What the colours mean, with the sizes in the fullest bar."""
+    fullest = max(drawn, key=lambda bar: len([s for s in bar.segments if s.nbytes]), default=None)
+    sizes = {segment.key: segment.nbytes for segment in fullest.segments} if fullest is not None else {}
     seen = {segment.key for bar in drawn for segment in bar.segments if segment.nbytes}
     parts: list[str] = []
     x = 16.0
     for key in (key for key in LABELS if key in seen):
-        width = 28 + 6.6 * len(LABELS[key])
+        label = LABELS[key] + (f" {sizes[key] / GIB:.1f}" if sizes.get(key) else "")
+        width = 34 + 6.8 * len(label)
         if x + width > _WIDTH:
             x, y = 16.0, y + 18
         parts.append(f'<rect x="{x:.0f}" y="{y - 10}" width="12" height="12" fill="{COLORS[key]}" stroke="#999"/>')
-        parts.append(_text(x + 17, y, LABELS[key], size=12))
+        parts.append(_text(x + 17, y, label, size=12))
         x += width
-    return [*parts, _text(16, y + 22, "numbers in GiB", size=11)]
+    return [*parts, _text(16, y + 20, "numbers in GiB", size=11)]
 
 
 def _text(x: float, y: float, text: str, *, size: int = 14, fill: str = "#222", weight: str = "normal") -> str:
