@@ -29,7 +29,7 @@ def planned(made: Resolved, host: Host, force: bool = False) -> NativeOutlook:
 def test_what_fits_is_predicted(tmp_path: Path) -> None:
     outlook = planned(asked(tmp_path, tp=4), read_host(DATA / "host-4xh200.json"))
     assert outlook.predicted_kv_tokens is not None
-    assert 390_000 < outlook.predicted_kv_tokens < 410_000
+    assert 360_000 < outlook.predicted_kv_tokens < 380_000
     assert outlook.gpus == ()
     (note,) = outlook.notes
     assert note.startswith("planned: 110.75 GiB of weights")
@@ -72,5 +72,7 @@ def test_a_busy_first_gpu_is_left_out(tmp_path: Path) -> None:
     launch = engine_launcher(show_for=host)(made, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
     assert (launch.env["CUDA_VISIBLE_DEVICES"], launch.env["CUDA_DEVICE_ORDER"]) == ("1,2", "PCI_BUS_ID")
     assert "GPU 1, 2" in launch.notes[1]
+    by_uuid = engine_launcher(show_for=host)(made, {"CUDA_VISIBLE_DEVICES": "GPU-0a,GPU-0b"})
+    assert by_uuid.env["CUDA_VISIBLE_DEVICES"] == "GPU-0a,GPU-0b"
     idle = engine_launcher(show_for=parse_gpus("4xH200"))(made, {})
     assert "CUDA_VISIBLE_DEVICES" not in idle.env

@@ -55,16 +55,19 @@ def plan_native(
         if not force:
             raise
         return NativeOutlook(notes=(f"started although {e.message}",))
-    return _outlook(plan, host, config.nnodes)
+    return _outlook(plan, host, config.nnodes, env.get("CUDA_VISIBLE_DEVICES", ""))
 
 
-def _outlook(plan: Plan, host: Host, machines: int) -> NativeOutlook:
+def _outlook(plan: Plan, host: Host, machines: int, visible: str) -> NativeOutlook:
     chosen = plan.shown
     if chosen is None:
         return NativeOutlook()
     notes = (f"planned: {chosen.reason}",)
     first = tuple(gpu.index for gpu in host.gpus[: chosen.tp])
-    if chosen.device == "cpu" or machines > 1 or chosen.gpus == first or any(gpu.mig for gpu in host.gpus):
+    # Who named GPUs by UUID, as some clusters do, may use those alone; which they are is not known here.
+    by_uuid = not all(part.strip().isdigit() for part in visible.split(",") if part.strip())
+    sliced = any(gpu.mig for gpu in host.gpus)
+    if chosen.device == "cpu" or machines > 1 or chosen.gpus == first or sliced or by_uuid:
         return NativeOutlook(chosen.kv_tokens, notes=notes)
     numbers = ", ".join(map(str, chosen.gpus))
     return NativeOutlook(chosen.kv_tokens, chosen.gpus, (*notes, f"on GPU {numbers}, which have the most free memory"))
