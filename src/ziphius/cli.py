@@ -19,6 +19,7 @@ from ziphius.cli_options import (
     ConfigFile,
     EngineArguments,
     Force,
+    ForceSglang,
     Json,
     Name,
     resolved_from,
@@ -123,7 +124,7 @@ def serve(
     flags: dict[str, Any],
     arguments: EngineArguments = None,
     config: ConfigFile = None,
-    force: Force = False,
+    force: ForceSglang = False,
     resolved: Annotated[bool, typer.Option("--resolved", hidden=True)] = False,
 ) -> None:
     """Run the server in the foreground."""
