@@ -73,6 +73,14 @@ def test_a_context_that_does_not_fit_is_refused(v2_lite: ModelConfig, source: Ma
     assert check_start(replace(small, context_length=None), source(v2_lite), host("1xh200"), torch_cuda=True).fits
 
 
+def test_a_cache_larger_than_memory_is_refused(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    huge = ServeConfig(max_total_tokens=10**11)
+    with pytest.raises(DoesNotFit, match="lower --max-total-tokens to"):
+        check_start(huge, source(v2_lite), host("1xh200"), torch_cuda=True)
+    with pytest.raises(DoesNotFit, match="lower --max-total-tokens to"):
+        check_start(huge, source(v2_lite), host("cpu-only"))
+
+
 def test_a_size_that_does_not_divide_is_the_settings_fault(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
     with pytest.raises(ConfigError, match="heads 128 = 3 x 42 \\+ 2") as raised:
         check_start(ServeConfig(model="m", tp=3), source(v25), host("1xh200"), torch_cuda=True)

@@ -153,7 +153,9 @@ def _with_pool(question: Question, known: Candidate, limits: PoolLimits) -> Cand
     """The native engine's pool, by the function that the engine itself calls."""
     try:
         size = memory.kv_pool_tokens(question.config, known.tp, limits)
-    except DoesNotFit:
+    except DoesNotFit as e:
+        if limits.max_total_tokens is not None:
+            return replace(known, verdict="too_big", reason=e.message)
         room = memory.pool_room(limits)
         return _judged(question, known, room // known.kv_bytes_per_token // limits.page_size * limits.page_size)
     return _judged(question, known, size.tokens)
