@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziphius.models.config import ModelConfig, YarnConfig
-from ziphius.planner.memory import MIB, WeightsFormat, kv_bytes_per_token, weight_bytes
+from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, weight_bytes
 
 # GPU memory below this many MiB -> (chunked prefill, graph batch, graph batch when tp >= 4).
 _TIERS = (
@@ -92,7 +92,3 @@ def smallest_fraction(config: ModelConfig, tp: int, dtype: str, *, free_before: 
 def reserved_bytes(free_before: int, fraction: float) -> int:
     """What a fraction leaves to activations and CUDA graphs."""
     return int(free_before * (1 - fraction))
-
-
-def reserved_by_default(memory_total_mib: int, tp: int) -> int:
-    return int(defaults(memory_total_mib, tp).reserved_mib * MIB)
