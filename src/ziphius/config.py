@@ -49,14 +49,20 @@ class ServeConfig:
     weights_format: str = _option("auto", "How linear weights are held: int8 on a CPU, like --dtype otherwise.",
                                   choices=("auto", "fp32", "bf16", "fp16", "int8", "fp8"))  # fmt: skip
     context_length: int | None = _option(None, "Longest prompt + answer in tokens (default: the model's).", low=1)
-    max_running_requests: int = _option(32, "Requests computed together.", low=1, high=4096)
+    max_running_requests: int | None = _option(None, "Requests computed together (default: 32 on a CPU, 128 on a GPU).",
+                                               low=1, high=4096)  # fmt: skip
     max_queued_requests: int = _option(512, "Requests waiting; one more is answered 503.", low=0)
     max_total_tokens: int | None = _option(None, "Size of the KV cache in tokens (default: from memory).", low=1)
     mem_fraction: float | None = _option(None, "Share of the device's memory for weights and KV cache.",
                                          low=0.01, high=0.99)  # fmt: skip
     page_size: int = _option(16, "Tokens in a page of the KV cache.", low=1, high=1024)
-    chunked_prefill_size: int = _option(512, "Prompt tokens computed in one step, over all requests.", low=1)
-    cuda_graph_max_bs: int | None = _option(None, "Largest batch that SGLang captures as a CUDA graph.", low=1)
+    chunked_prefill_size: int | None = _option(None, "Prompt tokens computed in one step, over all requests (default: "
+                                               "512 on a CPU, 8192 on a GPU).", low=1)  # fmt: skip
+    cuda_graphs: bool = _option(True, "Replay decode steps on a GPU as CUDA graphs.")
+    cuda_graph_max_bs: int | None = _option(None, "Largest batch captured as a CUDA graph (default: every batch).",
+                                            low=1)  # fmt: skip
+    deterministic: bool = _option(False, "On a GPU: the same tokens at temperature 0 whatever else is in the batch; "
+                                  "slower.")  # fmt: skip
     prefix_cache: bool = _option(True, "Keep finished requests' pages for prompts that start alike.")
     threads: int | None = _option(None, "CPU threads of the engine, all ranks here together (default: the cores).",
                                   low=1, high=1024)  # fmt: skip
@@ -187,6 +193,9 @@ def _checked(option: Field[Any], raw: Any, origin: str) -> Any:
     value = _converted(raw, kind)
     if value is None:
         raise ConfigError(f"{name} ({origin}) must be {kind.__name__}, not {raw!r}", param=name)
+    if value == "":
+        # Mostly a variable of a script that was never set: an empty host would be every address, an empty key no key
+        raise ConfigError(f"{name} ({origin}) must not be empty", param=name)
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name} ({origin}) must be one of {', '.join(meta['choices'])}, not {value!r}", param=name)
     if meta["low"] is not None and value < meta["low"]:

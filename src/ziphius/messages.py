@@ -127,7 +127,7 @@ class FlushResult(msgspec.Struct, tag=True, kw_only=True):
 
 
 class LoadProgress(msgspec.Struct, tag=True, kw_only=True):
-    """`phase` is a short word for a person: loading, kernels, cache, warm-up."""
+    """`phase` is a short word for a person: loading, kernels, cache, capturing, warm-up."""
 
     phase: str
     done: int = 0
@@ -146,6 +146,7 @@ class Ready(msgspec.Struct, tag=True, kw_only=True):
     load_seconds: float
     device: str
     vocab_size: int
+    max_running_requests: int
     predicted_weight_bytes: int = 0
     predicted_kv_tokens: int = 0
 

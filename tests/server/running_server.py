@@ -56,7 +56,7 @@ class RunningServer:
         self.engine = fakes.FakeEngine(self.core, self._step_s)
         metrics = Metrics(model_name=self.model)
         events = EngineEvents(lambda progress: None, self._on_ready, lambda fatal: None)
-        capacity = config.max_running_requests + config.max_queued_requests
+        capacity = (config.max_running_requests or 32) + config.max_queued_requests
         self.client = EngineClient(self.engine, capacity, metrics, events)
         self.service = Service(config, self.client, metrics, Exposition(metrics))
         self.service.write_timeout_s = self._write_timeout_s

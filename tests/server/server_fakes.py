@@ -197,6 +197,7 @@ def ready_message(vocab_size: int = VOCAB_SIZE, context: int = CONTEXT) -> Ready
         load_seconds=0.1,
         device="cpu",
         vocab_size=vocab_size,
+        max_running_requests=32,
     )
 
 

@@ -99,12 +99,17 @@ class DecodeGraphs:
                 self._step(batch)  # Compiles kernels and lets libraries make their workspaces.
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory, stream=stream):
+            # What other threads do meanwhile (NCCL's watchdog asks for its events) is no part of the graph.
+            with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 logits, tokens = self._step(batch)
             self._graphs[size] = _Graph(graph, logits, tokens)
             if on_progress is not None:
                 on_progress(done + 1, len(sizes))
         self._sizes = sorted(self._graphs)
+
+    def capture_all(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """`capture` for every batch up to the largest."""
+        self.capture(graph_sizes(self._largest), on_progress)
 
     def takes(self, count: int) -> bool:
         """Whether there is a graph for `count` rows."""

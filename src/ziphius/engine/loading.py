@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -25,6 +26,7 @@ from ziphius.engine.sampler import Sampler
 from ziphius.engine.team import Team
 from ziphius.errors import ConfigError, DoesNotFit, EngineFailed
 from ziphius.kv_cache.kv_pool import KVPool
+from ziphius.layers.select import has_gpu_kernels
 from ziphius.messages import AddRequest, LoadProgress, Ready, SamplingParams, StepOutput
 from ziphius.models.causal_lm import CausalLM
 from ziphius.models.checkpoint import Checkpoint
@@ -36,6 +38,7 @@ from ziphius.models.safetensors_source import SafetensorsSource
 from ziphius.planner.evaluate import SHORTEST_CONTEXT
 from ziphius.planner.measured import compare
 from ziphius.planner.memory import (
+    BatchLimits,
     PoolLimits,
     PoolSize,
     cuda_reserve,
@@ -49,11 +52,16 @@ from ziphius.planner.probe import available_memory
 from ziphius.planner.validity import require_tp
 from ziphius.scheduler.scheduler import Scheduler
 
+if TYPE_CHECKING:
+    from ziphius.engine.cuda_graph import DecodeGraphs
+
 _log = logging.getLogger(__name__)
 
 Report = Callable[[LoadProgress], None]
 
 _WARM_UP_PROMPT = 64
+_WARM_UP_PROMPTS_ON_GPU = (2048, 512, 128)
+"""Beside a whole step's worth: prompts of each of these sizes are computed by kernels of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,10 @@ class LoadedRank:
     team: Team
     own_threads: bool = False
     """The model computes on threads of its own, not on torch's."""
+
+    @property
+    def limits(self) -> BatchLimits:
+        return batch_limits(self.config, self.device)
 
     def make_engine(self, channel: Channel) -> Engine:
         """rank 0: an engine with an empty queue and prefix cache. One at a time: they would share the pool."""
@@ -93,8 +105,8 @@ class LoadedRank:
         return Scheduler(
             num_pages=self.num_pages,
             page_size=self.config.page_size,
-            max_running_requests=self.config.max_running_requests,
-            chunked_prefill_size=self.config.chunked_prefill_size,
+            max_running_requests=self.limits.requests,
+            chunked_prefill_size=self.limits.prompt_tokens,
             context_length=self.ready.context_length,
             eos_token_ids=self.checkpoint.config.eos_token_ids,
             prefix_cache=self.config.prefix_cache,
@@ -133,6 +145,7 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
         load_seconds=0.0,
         device=_device_name(precision.device) + ("" if team.alone else f" x {config.tp}"),
         vocab_size=checkpoint.config.vocab_size,
+        max_running_requests=batch_limits(config, precision.device).requests,
         predicted_weight_bytes=predicted,
         predicted_kv_tokens=predicted_size.tokens,
     )
@@ -140,7 +153,7 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
         for line, off in compare(ready):
             _log.log(logging.WARNING if off else logging.INFO, "%s", line)
     num_pages = size.pages(config.page_size)
-    runner = _make_runner(config, model, num_pages, context_length, precision, team.parallel)
+    runner = _make_runner(config, model, num_pages, context_length, precision, team.parallel, report)
     on_cpu = model.on_cpu if isinstance(model, LlamaForCausalLM) else None
     if on_cpu is not None:
         report(LoadProgress(phase="kernels", detail="compiled at the first start, then kept"))
@@ -164,15 +177,18 @@ def plan_pool(
     if asked is not None and asked > longest:
         raise ConfigError(f"context_length {asked} is beyond the {longest} of this model", param="context_length")
 
+    batch = batch_limits(config, precision.device)
     limits = PoolLimits(
         device="cuda" if precision.device.type == "cuda" else "cpu",
         dtype=precision.dtype_name,
         context_length=asked or longest,
-        max_running_requests=config.max_running_requests,
+        max_running_requests=batch.requests,
         page_size=config.page_size,
         free_bytes=free_bytes,
         free_before_bytes=free_before_bytes,
-        reserve_bytes=_reserve(config, model, precision),
+        reserve_bytes=cuda_reserve(
+            model, config.tp, batch_limits(config, precision.device), dtype=precision.dtype_name
+        ),
         mem_fraction=config.mem_fraction,
         max_total_tokens=config.max_total_tokens,
         ranks_on_host=config.tp // config.nnodes,
@@ -193,10 +209,10 @@ def plan_pool(
     return min(asked or longest, size.tokens), size
 
 
-def _reserve(config: ServeConfig, model: ModelConfig, precision: Precision) -> int:
-    rows = config.max_running_requests
-    tokens = config.chunked_prefill_size + rows
-    return cuda_reserve(model, config.tp, tokens=tokens, rows=rows, dtype=precision.dtype_name)
+def batch_limits(config: ServeConfig, device: torch.device) -> BatchLimits:
+    """What a step takes at most, on this device."""
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    return BatchLimits.of(kind, config.max_running_requests, config.chunked_prefill_size)
 
 
 def _check_ranks(config: ServeConfig, checkpoint: Checkpoint, precision: Precision, team: Team) -> None:
@@ -222,17 +238,25 @@ def _agreed(team: Team, context_length: int, size: PoolSize) -> tuple[int, PoolS
 
 
 def warm_up(loaded: LoadedRank) -> None:
-    """Generate tokens for two requests, long and short, so that each kind of step has run. EngineFailed if not."""
+    """Generate tokens for requests long and short, so that each kind of step has run. EngineFailed if not.
+
+    Kernels for a GPU are compiled when they first run: here, not under the first user.
+    """
     channel = MemoryChannel()
     engine = loaded.make_engine(channel)
     context, vocab = loaded.ready.context_length, loaded.ready.vocab_size
     sampling = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True, seed=0)
-    for name, length in (("long", _WARM_UP_PROMPT), ("short", 1)):
-        ids = [i % vocab for i in range(max(1, min(length, context - sampling.max_new_tokens)))]
-        channel.to_engine.append(AddRequest(rid=f"warm-up {name}", prompt_ids=ids, sampling=sampling))
-    engine.turn()
-    while not engine.idle:
+    waves: list[tuple[int, ...]] = [(_WARM_UP_PROMPT, 1)]
+    if loaded.device.type == "cuda":
+        waves += [(length,) for length in (loaded.limits.prompt_tokens, *_WARM_UP_PROMPTS_ON_GPU)]
+    for wave in waves:
+        for length in wave:
+            # Each begins with another token: none is found in the prefix cache.
+            ids = [(length + i) % vocab for i in range(max(1, min(length, context - sampling.max_new_tokens)))]
+            channel.to_engine.append(AddRequest(rid=f"warm-up {length}", prompt_ids=ids, sampling=sampling))
         engine.turn()
+        while not engine.idle:
+            engine.turn()
     for message in channel.from_engine:
         for output in message.outputs if isinstance(message, StepOutput) else ():
             if output.finish is not None and output.finish.kind == "error":
@@ -268,13 +292,13 @@ def _load_weights(
     how = (parallel, precision.weights_format, precision.dtype, precision.device)
     with _running_out_is_told(f"the weights of {checkpoint.name} were loaded"):
         if config.load_format == "dummy":
-            return make_dummy(checkpoint.config, *how)
+            return make_dummy(checkpoint.config, *how, batch_invariant=precision.batch_invariant)
         source: WeightSource
         if checkpoint.format == "gguf":
             source = GGUFSource.open(checkpoint.path)
         else:
             source = SafetensorsSource(checkpoint.path, config.load_threads)
-        return load_model(checkpoint.config, source, *how, report=report)
+        return load_model(checkpoint.config, source, *how, report=report, batch_invariant=precision.batch_invariant)
 
 
 @contextmanager
@@ -300,15 +324,35 @@ def _make_runner(
     context_length: int,
     precision: Precision,
     parallel: ParallelState,
+    report: Report,
 ) -> ModelRunner:
     device, page_size = precision.device, config.page_size
-    rows = config.max_running_requests + 1  # One more, for padding.
+    rows = batch_limits(config, precision.device).requests + 1  # One more, for padding.
     with _running_out_is_told("the KV cache was made"):
         pool = KVPool(model.config, num_pages, page_size, precision.dtype, device, parallel)
     max_pages = -(-context_length // page_size) + 1
     table = RowTable(rows, max_pages, page_size, device)
     sampler = Sampler(rows, model.config.vocab_size, model.config.eos_token_ids, device)
-    return ModelRunner(model, pool, make_backend(device), table, sampler, parallel)
+    attention = make_backend(device, precision.batch_invariant)
+    graphs = None
+    if config.cuda_graphs and device.type == "cuda" and has_gpu_kernels() and parallel.capturable:
+        from ziphius.engine.cuda_graph import DecodeGraphs  # needs Triton
+
+        graphs = DecodeGraphs(model, pool, attention, table.last_token, max_pages, _largest_graph(config, rows - 1))
+        with _running_out_is_told("CUDA graphs were captured"):
+            _capture(graphs, report)
+    return ModelRunner(model, pool, attention, table, sampler, parallel, graphs)
+
+
+def _largest_graph(config: ServeConfig, rows: int) -> int:
+    return min(config.cuda_graph_max_bs or rows, rows)
+
+
+def _capture(graphs: DecodeGraphs, report: Report) -> None:
+    def on_progress(done: int, total: int) -> None:
+        report(LoadProgress(phase="capturing", done=done, total=total, unit="graphs"))
+
+    graphs.capture_all(on_progress)
 
 
 def _with_seconds(ready: Ready, seconds: float) -> Ready:

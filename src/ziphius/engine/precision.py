@@ -22,6 +22,8 @@ class Precision:
     """float32, bfloat16 or float16: of activations and cache."""
     weights_format: WeightsFormat
     """Of linear weights: fp32, bf16, fp16 or int8."""
+    batch_invariant: bool = False
+    """Whether no result may depend, bit for bit, on what else is in the batch (--deterministic)."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -29,7 +31,7 @@ class Precision:
 
 
 def resolve_precision(config: ServeConfig) -> Precision:
-    """`auto` made definite. ConfigError for a GPU that is not there.
+    """`auto` made definite. ConfigError for a GPU that is not there, or --deterministic without one.
 
     On a CPU dtype is float32, and weights are int8 only where neither was asked for: whoever names a dtype
     gets weights in it. On a GPU dtype is bfloat16 and weights are held in dtype.
@@ -42,7 +44,9 @@ def resolve_precision(config: ServeConfig) -> Precision:
     if weights_format == "auto":
         int8 = device.type == "cpu" and config.dtype == "auto"
         weights_format = "int8" if int8 else _FORMAT_OF_DTYPE[dtype_name]
-    return Precision(device, dtype_name, cast(WeightsFormat, weights_format))
+    if config.deterministic and device.type != "cuda":
+        raise ConfigError("deterministic is for a GPU, and this runs on a CPU", param="deterministic")
+    return Precision(device, dtype_name, cast(WeightsFormat, weights_format), config.deterministic)
 
 
 def _device(name: str) -> torch.device:

@@ -44,6 +44,8 @@ _OWN = {
     "nnodes": "--nnodes",
     "node_rank": "--node-rank",
     "prefix_cache": "--disable-radix-cache",
+    "cuda_graphs": "--disable-cuda-graph",
+    "deterministic": "--enable-deterministic-inference",
 }
 """Ziphius' option -> the flag of SGLang's that it decides, which therefore may not come after `--`."""
 _UNPLANNED = ("load_format", "revision", "chat_template", "rank_timeout")
@@ -100,6 +102,10 @@ def arguments(resolved: Resolved, planned: Planned, model: str) -> tuple[str, ..
             words += [flag, _shown(getattr(config, name))]
     if not config.prefix_cache:
         words.append("--disable-radix-cache")
+    if not config.cuda_graphs:
+        words.append("--disable-cuda-graph")
+    if config.deterministic:
+        words.append("--enable-deterministic-inference")
     if config.device != "auto":
         words += ["--device", config.device]
     words += _precision(resolved)
@@ -175,7 +181,8 @@ def _refuse_conflicts(resolved: Resolved, extra: tuple[str, ...]) -> None:
             raise ConfigError("--config after `--` could change what Ziphius decides: give its settings one by one")
         name = _decider(flag, deciders)
         if name is not None:
-            spelled = "--no-prefix-cache" if name == "prefix_cache" else "--" + name.replace("_", "-")
+            switched_off = name in ("prefix_cache", "cuda_graphs")
+            spelled = ("--no-" if switched_off else "--") + name.replace("_", "-")
             raise ConfigError(f"{given} after `--` is Ziphius' {spelled}: give that one, before `--`", param=name)
 
 

@@ -43,6 +43,7 @@ def load_model(
     on_progress: OnProgress | None = None,
     *,
     report: Report | None = None,
+    batch_invariant: bool = False,
 ) -> CausalLM:
     """One rank's model with its weights. Beyond the model itself, memory holds what the source has read ahead.
 
@@ -50,7 +51,8 @@ def load_model(
     int8 or auto. `report` gets bytes, files and speed after every tensor. CheckpointError names what is missing, left
     over or of the wrong shape before anything is read; ConfigError names a dimension that the ranks do not divide.
     """
-    model = make_model(config, parallel, make_linear_format(weights_format, dtype, device), dtype, device)
+    linear_format = make_linear_format(weights_format, dtype, device, batch_invariant)
+    model = make_model(config, parallel, linear_format, dtype, device)
     wanted = _by_name(model)
     stored = source.stored()
     _check(wanted, stored, config)
@@ -70,10 +72,17 @@ def load_model(
 
 
 def make_dummy(
-    config: ModelConfig, parallel: ParallelState, weights_format: str, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    parallel: ParallelState,
+    weights_format: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch_invariant: bool = False,
 ) -> CausalLM:
     """As `load_model`, with random weights and no files. Every rank draws alike, so what they share is the same."""
-    model = make_model(config, parallel, make_linear_format(weights_format, dtype, device), dtype, device)
+    linear_format = make_linear_format(weights_format, dtype, device, batch_invariant)
+    model = make_model(config, parallel, linear_format, dtype, device)
     assert isinstance(model, Layer)
     fill_dummy(model)
     return model

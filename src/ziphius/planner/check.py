@@ -30,6 +30,8 @@ def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_c
         why = f": {host.gpu_error}" if host.gpu_error else ""
         raise ConfigError(f"device is cuda, but there is no GPU here{why}; use --device cpu", param="device")
     request = request_of(config, host, source, torch_cuda)
+    if config.deterministic and request.device == "cpu" and config.engine == "native":
+        raise ConfigError("deterministic is for a GPU, and this would run on a CPU", param="deterministic")
     require_tp(source.config, config.tp, request.weights_format or "bf16", request.engine or "native")
     plan = build_plan(source, times(host, config.nnodes), request)
     if plan.recommendation is None:

@@ -10,7 +10,7 @@ from ziphius.planner import memory, sglang
 from ziphius.planner.abilities import Abilities, not_yet
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Gpu, Host, card_of, usable_bytes, with_more_gpus
-from ziphius.planner.memory import GIB, PoolLimits, WeightsFormat, gib
+from ziphius.planner.memory import GIB, BatchLimits, PoolLimits, WeightsFormat, gib
 from ziphius.planner.plan import Candidate, Device, PlanRequest, Verdict
 from ziphius.planner.roofline import roofline
 from ziphius.planner.validity import Engine, TpFailure, block_failures, tp_failures
@@ -109,9 +109,8 @@ def _hindrance(gpus: tuple[Gpu, ...], tp: int) -> str | None:
 def _native(question: Question, known: Candidate) -> Candidate:
     request, config, tp = question.request, question.config, known.tp
     dtype = question.kv_dtype("cuda")
-    rows = request.max_running_requests
-    tokens = request.chunked_prefill_size + rows
-    reserve = memory.cuda_reserve(config, tp, tokens=tokens, rows=rows, dtype=dtype)
+    batch = BatchLimits.of("cuda", request.max_running_requests, request.chunked_prefill_size)
+    reserve = memory.cuda_reserve(config, tp, batch, dtype=dtype)
     free = known.memory_bytes - known.loaded_bytes
     limits = _limits(question, "cuda", free_bytes=free, free_before_bytes=known.memory_bytes, reserve_bytes=reserve)
     if request.mem_fraction is not None:
@@ -139,7 +138,7 @@ def _limits(
         device=device,
         dtype=question.kv_dtype(device),
         context_length=question.context_length,
-        max_running_requests=request.max_running_requests,
+        max_running_requests=BatchLimits.of(device, request.max_running_requests, None).requests,
         page_size=request.page_size,
         free_bytes=free_bytes,
         free_before_bytes=free_before_bytes,

@@ -22,7 +22,7 @@ CPU_SHARE = 0.25
 CPU_KEEP_FREE = 0.10
 """Of the memory left after loading, what stays free even where one context needs more than its share."""
 CUDA_WORKSPACE = 2 * GIB
-"""CUDA graphs, matrix library workspaces and the allocator's rounding: an allowance, not a measurement."""
+"""CUDA graphs, expanded keys and values, libraries' workspaces, the allocator's rounding: an allowance."""
 CUDA_CONTEXT = 730 * MIB
 """What a process loses on a GPU to its CUDA context and libraries before it loads a model (727 on an H200)."""
 NCCL_BUFFERS = 512 * MIB
@@ -233,11 +233,14 @@ def activation_bytes(config: ModelConfig, tp: int, *, tokens: int, rows: int, dt
     """Allowance for one step's activations: `tokens` through the widest layer, `rows` rows of logits in float32.
 
     Counted as if everything of one layer lived at once, which no step does: an upper bound for the
-    layer, standing in for what the allocator keeps of earlier layers.
+    layer, standing in for what the allocator keeps of earlier layers. Of MLA only `rows` are compared in the latent
+    space; what prompts expand of it is bounded by a constant (CUDA_WORKSPACE).
     """
     heads = config.num_attention_heads // tp
+    latent = 0
     if config.mla is not None:
-        attention = heads * (2 * config.mla.qk_head_dim + 2 * config.mla.latent_dim + 2 * config.mla.v_head_dim)
+        attention = heads * (2 * config.mla.qk_head_dim + 2 * config.mla.v_head_dim)
+        latent = heads * 2 * config.mla.latent_dim
     else:
         attention = (2 * heads + 2 * heads_of_rank(config.num_key_value_heads, tp)) * config.head_dim
     mlp = 3 * config.intermediate_size // tp
@@ -246,12 +249,27 @@ def activation_bytes(config: ModelConfig, tp: int, *, tokens: int, rows: int, dt
         experts = config.moe.num_experts_per_tok * (2 * config.hidden_size + 3 * width)
         mlp = max(mlp, experts + 3 * config.moe.shared_intermediate_size // tp)
     values = 4 * config.hidden_size + attention + mlp
-    return tokens * values * DTYPE_BYTES[dtype] + 3 * rows * config.vocab_size * 4
+    return (tokens * values + rows * latent) * DTYPE_BYTES[dtype] + 3 * rows * config.vocab_size * 4
 
 
-def cuda_reserve(config: ModelConfig, tp: int, *, tokens: int, rows: int, dtype: str) -> int:
-    """What the native engine leaves free on a GPU beside weights and pool: activations and workspaces."""
-    return CUDA_WORKSPACE + activation_bytes(config, tp, tokens=tokens, rows=rows, dtype=dtype)
+def cuda_reserve(config: ModelConfig, tp: int, batch: BatchLimits, *, dtype: str) -> int:
+    """What the native engine leaves free on a GPU beside weights and pool: activations, workspaces, CUDA graphs."""
+    tokens = batch.prompt_tokens + batch.requests
+    return CUDA_WORKSPACE + activation_bytes(config, tp, tokens=tokens, rows=batch.requests, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What one step takes at most."""
+
+    requests: int
+    prompt_tokens: int
+
+    @classmethod
+    def of(cls, device: Literal["cpu", "cuda"], requests: int | None, prompt_tokens: int | None) -> BatchLimits:
+        """As asked, else what suits the device: a GPU is idle where a CPU's step would take seconds."""
+        usual = (128, 8192) if device == "cuda" else (32, 512)
+        return cls(requests or usual[0], prompt_tokens or usual[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,10 +28,10 @@ class PlanRequest:
     """Of the cache: float32 on a CPU, bfloat16 on a GPU."""
     mem_fraction: float | None = None
     context_length: int | None = None
-    max_running_requests: int = 32
+    max_running_requests: int | None = None
     max_total_tokens: int | None = None
     page_size: int = 16
-    chunked_prefill_size: int = 512
+    chunked_prefill_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,9 +68,9 @@ class EngineClient:
     """One engine. `run` must be running for anything else to make progress."""
 
     def __init__(self, transport: EngineTransport, capacity: int, metrics: Metrics, events: EngineEvents) -> None:
-        """`capacity`: requests that may be open at once, running and queued together."""
         self._transport = transport
-        self._capacity = capacity
+        self.capacity = capacity
+        """Requests that may be open at once, running and queued together."""
         self._metrics = metrics
         self._events = events
         self._open: dict[str, _Open] = {}
@@ -134,11 +134,11 @@ class EngineClient:
         """Whether `count` sequences would be taken now; raises as `submit` does. Cheap: ask before encoding prompts."""
         if self._failure is not None:
             raise self._failure
-        if count > self._capacity:
+        if count > self.capacity:
             raise InvalidRequest(
-                f"{count} sequences in one request: this server takes at most {self._capacity} at a time", param="n"
+                f"{count} sequences in one request: this server takes at most {self.capacity} at a time", param="n"
             )
-        if len(self._open) + count > self._capacity:
+        if len(self._open) + count > self.capacity:
             self._metrics.rejected["queue_full"] += 1
             raise Overloaded("The request queue is full.")
 

@@ -116,8 +116,8 @@ class _Server:
     def _build(self, channel: FrontendChannel) -> tuple[EngineClient, Service]:
         config, metrics = self._config, Metrics()
         events = EngineEvents(self._on_progress, self._on_ready, self._on_fatal)
-        capacity = config.max_running_requests + config.max_queued_requests
-        client = EngineClient(channel, capacity, metrics, events)
+        # How many run together is told by the engine once it is ready.
+        client = EngineClient(channel, config.max_queued_requests, metrics, events)
         return client, Service(config, client, metrics, Exposition(metrics))
 
     async def _run_engine(self) -> str:
@@ -219,6 +219,7 @@ class _Server:
         # What start-up made stays for good: without it the collector has little to walk, and pauses are short
         gc.collect()
         gc.freeze()
+        self._client.capacity = ready.max_running_requests + self._config.max_queued_requests
         self._service.set_ready(ready)
         mib = 1024 * 1024
         logger.info(
