@@ -89,6 +89,11 @@ def _weights_there(snapshot: Path) -> list[str]:
 
 def shards_of(index: Path) -> list[str]:
     """The files that model.safetensors.index.json names. CheckpointError when it is malformed."""
+    return sorted(set(weight_map_of(index).values()))
+
+
+def weight_map_of(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as model.safetensors.index.json says. CheckpointError when it is malformed."""
     try:
         data: Any = json.loads(index.read_bytes())
     except OSError as e:
@@ -98,7 +103,7 @@ def shards_of(index: Path) -> list[str]:
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must be an object of file names")
-    return sorted(set(weight_map.values()))
+    return weight_map
 
 
 def small_files(names: Collection[str]) -> list[str]:

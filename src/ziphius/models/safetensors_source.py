@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ziphius.errors import CheckpointError, UnsupportedModel
-from ziphius.models.hub_cache import INDEX_FILE, SINGLE_FILE
+from ziphius.models.hub_cache import INDEX_FILE, SINGLE_FILE, weight_map_of
 from ziphius.models.read_ahead import Piece, read_ahead
 from ziphius.models.weight_source import Rows, StoredTensor
 
@@ -118,7 +118,7 @@ def _single_file(folder: Path) -> Path:
 
 
 def _indexed_files(folder: Path, index: Path) -> list[_File]:
-    weight_map = _read_index(index)
+    weight_map = weight_map_of(index)
     files: list[_File] = []
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
@@ -131,14 +131,6 @@ def _indexed_files(folder: Path, index: Path) -> list[_File]:
     if absent:
         raise CheckpointError(f"{index} promises {absent[0]} in {weight_map[absent[0]]}, which does not have it")
     return files
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    data = _json_object(index, _read_bytes(index))
-    weight_map = data.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must be an object of file names")
-    return weight_map
 
 
 def _read_header(path: Path) -> _File:
@@ -171,13 +163,6 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> _Entry:
     if begin < 0 or any(n < 0 for n in shape) or end - begin != entry.nbytes:
         raise CheckpointError(f"{path}: {name} has {end - begin} bytes, its shape {list(shape)} needs {entry.nbytes}")
     return entry
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
 
 
 def _json_object(path: Path, text: bytes) -> dict[str, Any]:
