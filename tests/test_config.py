@@ -54,7 +54,7 @@ def test_a_resolved_config_is_frozen() -> None:
         ("prefix_cache", "off", False),
         ("prefix_cache", "Yes", True),
         ("context_length", "4096", 4096),
-        ("served_model_name", "", ""),
+        ("served_model_name", "a", "a"),
     ],
 )
 def test_text_becomes_what_the_option_is(name: str, given: Any, value: Any) -> None:
@@ -77,6 +77,8 @@ def test_text_becomes_what_the_option_is(name: str, given: Any, value: Any) -> N
         ("prefix_cache", "maybe", ["prefix_cache"]),
         ("model", 5, ["model"]),
         ("model", ["a"], ["model"]),
+        ("host", "", ["must not be empty"]),
+        ("api_key", "", ["must not be empty"]),
     ],
 )
 def test_a_wrong_value_is_told_with_its_limit(name: str, given: Any, words: list[str]) -> None:

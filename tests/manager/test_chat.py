@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -72,6 +73,11 @@ def test_a_wrong_key_and_a_missing_server(url: str) -> None:
         ChatClient(url, "wrong", Sampling()).model()
     with pytest.raises(InstanceError, match="no answer from"):
         ChatClient("http://127.0.0.1:9", None, Sampling()).model()
+
+
+def test_a_base_url_as_other_clients_want_it(url: str) -> None:
+    with contextlib.closing(ChatClient(url + "/v1/", "the-key", Sampling())) as client:
+        assert client.model() == "stand-in"
 
 
 def test_control_characters_do_not_reach_the_terminal(

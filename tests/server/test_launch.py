@@ -17,6 +17,10 @@ import psutil
 import pytest
 import server_fakes as fakes
 
+from ziphius.config import resolve
+from ziphius.errors import PortInUse
+from ziphius.server import launch
+
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": fakes.VOCAB_SIZE, "hidden_size": 8,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 8,
@@ -137,6 +141,25 @@ def test_a_life(start, model):
     assert not leftovers(model)
     assert "loading" in server.log
     assert "ready on http://127.0.0.1" in server.log
+
+
+def test_the_log_begins_with_the_settings_that_were_given(start, model):
+    server = start()
+    server.until(lambda: server.log.count("\n") > 0)
+    first = server.log.splitlines()[0]
+    assert "ziphius " in first
+    assert f"pid {server.process.pid}, model={model}, port={server.port}, drain_timeout=10.0" in first
+
+
+def test_the_log_does_not_tell_the_key(monkeypatch, caplog):
+    def stop(*_):
+        raise PortInUse("taken")
+
+    monkeypatch.setattr(launch, "bind", stop)
+    with caplog.at_level("INFO"), pytest.raises(PortInUse):
+        launch.serve(resolve({"api_key": "sk-of-mine"}, {}))
+    assert "api_key=********" in caplog.text
+    assert "sk-of-mine" not in caplog.text
 
 
 def test_loading_is_told_and_can_be_stopped(start, model):

@@ -12,6 +12,7 @@ import msgspec
 from ziphius.errors import InstanceError
 
 _HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+_BROKE_OFF = "the answer broke off: the server is gone"
 _CONNECT_TIMEOUT_S = 5.0
 # What a model writes must not move the cursor or retitle the window: control characters but newline and tab go.
 _UNSAFE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
@@ -61,6 +62,7 @@ class ChatClient:
     """One server. Its errors are InstanceErrors whose message can be shown."""
 
     def __init__(self, url: str, api_key: str | None, sampling: Sampling) -> None:
+        url = url.rstrip("/").removesuffix("/v1")  # other clients' base URL has it
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # an answer may wait in the queue for long
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
@@ -92,6 +94,8 @@ class ChatClient:
                 if response.status_code != 200:
                     raise InstanceError(_refusal(response.status_code, response.read()))
                 yield from _pieces(response.iter_lines())
+        except httpx.RemoteProtocolError as e:
+            raise InstanceError(_BROKE_OFF) from e
         except httpx.HTTPError as e:
             raise InstanceError(f"the connection to {self._url} broke: {e or type(e).__name__}") from e
 
@@ -115,7 +119,7 @@ def _pieces(lines: Iterator[str]) -> Iterator[str]:
         for choice in chunk.choices:
             if choice.delta is not None and choice.delta.content:
                 yield choice.delta.content
-    raise InstanceError("the answer broke off: the server is gone")
+    raise InstanceError(_BROKE_OFF)
 
 
 def _refusal(code: int, body: bytes) -> str:
@@ -123,7 +127,9 @@ def _refusal(code: int, body: bytes) -> str:
         error = msgspec.json.decode(body, type=_Chunk).error
     except (msgspec.DecodeError, msgspec.ValidationError):
         error = None
-    return f"the server refused ({code}): {error.message if error is not None else body[:200].decode(errors='replace')}"
+    # Whatever else answers there may answer with a page
+    said = error.message if error is not None else " ".join(body[:500].decode(errors="replace").split())[:200]
+    return f"the server refused ({code}): {said}"
 
 
 def talk(client: ChatClient, system: str | None) -> int:

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import uvloop
 
-from ziphius.config import Resolved, ServeConfig
+from ziphius.config import Resolved, ServeConfig, option_fields
 from ziphius.engine.ranks import rank_layout
 from ziphius.errors import EngineFailed, ModelError, RankLost, ZiphiusError
 from ziphius.ipc import FrontendChannel, socket_address
@@ -41,7 +41,7 @@ from ziphius.server.node import serve_node
 from ziphius.server.private_folder import private_folder
 from ziphius.server.progress_log import ProgressLog
 from ziphius.server.ranks import Ranks, check_tp
-from ziphius.server.service import Service
+from ziphius.server.service import Service, package_version
 from ziphius.server.workers import kill_children
 from ziphius.tokenizer.tokenizer import Tokenizer
 
@@ -59,6 +59,7 @@ def serve(resolved: Resolved) -> int:
     thread, with logging configured. ConfigError for options that contradict one another.
     """
     config = resolved.config
+    _log_settings(resolved)
     if rank_layout(config).node_rank > 0:
         return serve_node(config)
     listener = bind(config.host, config.port)
@@ -70,6 +71,16 @@ def serve(resolved: Resolved) -> int:
         listener.close()
         kill_children()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _log_settings(resolved: Resolved) -> None:
+    """What was asked for, for whoever reads the log later; secrets are masked."""
+    told = [
+        f"{option.name}={'********' if option.metadata['secret'] else getattr(resolved.config, option.name)}"
+        for option in option_fields()
+        if resolved.origins[option.name] != "default"
+    ]
+    logger.info("ziphius %s, pid %d, %s", package_version(), os.getpid(), ", ".join(told) or "default settings")
 
 
 class _Server:

@@ -53,7 +53,7 @@ class Service:
     failure: ZiphiusError | None = None
     engine_pids: list[int] = field(default_factory=list)
     started_at: float = field(default_factory=time.monotonic)
-    version: str = field(default_factory=lambda: _version())
+    version: str = field(default_factory=lambda: package_version())
     write_timeout_s: float = 60.0
     """A client that takes nothing for so long is given up."""
 
@@ -120,7 +120,8 @@ class Service:
         return NotReady(f"The model is not ready yet: {progress.phase}{percent}.")
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Of the installed package; `unknown` in a tree that is not installed."""
     try:
         return metadata.version("ziphius")
     except metadata.PackageNotFoundError:
