@@ -274,9 +274,9 @@ def chat(
 @app.command()
 def pull(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A model id (default: the configured one).")
+        str | None, typer.Argument(metavar="MODEL", help="A model id (default: the configured one).")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="The hub's branch, tag or commit.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="TEXT", help="The hub's branch, tag or commit.")] = None,
 ) -> None:
     """Fetch a model without starting it.
 

@@ -48,7 +48,7 @@ def build(
 
 
 def info(
-    image: Annotated[Path, typer.Argument(metavar="[IMAGE]", help="The image.", show_default=False)] = _IMAGE,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.", show_default=False)] = _IMAGE,
     json: Json = False,
 ) -> None:
     """Say what an image was built from, and when. Exit status 1 when it is not there, or not whole."""

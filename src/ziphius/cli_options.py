@@ -82,9 +82,7 @@ def _shown(value: Any) -> str:
 
 EngineArguments = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[-- ARGUMENT ...]", help="For --engine sglang: further arguments of SGLang.", show_default=False
-    ),
+    typer.Argument(metavar="-- ARGUMENT", help="For --engine sglang: further arguments of SGLang.", show_default=False),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Start though the plan says no.")]
 ForceSglang = Annotated[bool, typer.Option("--force", help="For --engine sglang: start though the plan says no.")]

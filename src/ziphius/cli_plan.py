@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a config.json or a .gguf file.")],
-    gpu: Annotated[str | None, typer.Option(help="Plan for these, as 4xH200 or 2xH100,2xL40S.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="TEXT", help="Plan for these, as 4xH200 or 2xH100,2xL40S.")] = None,
     host_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Plan for a recorded host (JSON).")] = None,
     engine: Annotated[str | None, typer.Option(metavar="[native|sglang]", help="Only this engine.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, max=1024, help="Only this tensor-parallel size.")] = None,

@@ -209,7 +209,8 @@ def test_the_prompts_of_a_batch_are_counted_before_their_options_are_read(http, 
 
     monkeypatch.setattr("ziphius.server.native_api.checked", checked)
     error = refused(http.post("/generate", json={"text": ["a"] * 9999, "sampling_params": [{}] * 9999}), "n")
-    assert "9999 sequences" in error["message"]
+    assert "9999 sequences (prompts times n)" in error["message"]
+    assert "--max-queued-requests" in error["message"]
 
 
 def test_unknown_model(http):

@@ -136,7 +136,9 @@ class EngineClient:
             raise self._failure
         if count > self.capacity:
             raise InvalidRequest(
-                f"{count} sequences in one request: this server takes at most {self.capacity} at a time", param="n"
+                f"{count} sequences (prompts times n) in one request: this server takes at most {self.capacity} at a "
+                "time (--max-running-requests and --max-queued-requests together)",
+                param="n",
             )
         if len(self._open) + count > self.capacity:
             self._metrics.rejected["queue_full"] += 1
