@@ -264,14 +264,31 @@ def test_stopping_aborts_what_takes_too_long(start):
     assert server.ended() == 0
 
 
-def test_a_second_signal_ends_it_at_once(start, model):
+def test_a_second_signal_aborts_what_still_runs(start):
+    server = start(drain_timeout=600)
+    server.until_ready()
+    with server.http.stream("POST", "/generate", json={**ENDLESS, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.signal(signal.SIGTERM)
+        server.until(lambda: "stopping" in server.log)
+        server.signal(signal.SIGTERM)
+        told = [line for line in lines if line]
+    assert told[-1] == "data: [DONE]"
+    assert json.loads(told[-2][6:])["meta_info"]["finish_reason"]["type"] == "abort"
+    assert server.ended() == 0
+
+
+def test_a_third_signal_ends_it_at_once(start, model):
     server = start(drain_timeout=600)
     server.until_ready()
     engine = server.engine_pid()
     with server.http.stream("POST", "/generate", json={**ENDLESS, "stream": True}) as response:
         next(response.iter_lines())
-        server.signal(signal.SIGINT)
-        server.until(lambda: "stopping" in server.log)
+        os.kill(engine, signal.SIGSTOP)  # the server would wait for its end
+        for said in ("stopping", "aborting"):
+            server.signal(signal.SIGINT)
+            server.until(lambda said=said: said in server.log)
         server.signal(signal.SIGINT)
         assert server.ended() == 128 + signal.SIGINT
     assert gone(engine)

@@ -162,7 +162,7 @@ def resident_bytes(target: Target) -> int:
 def end_tree(target: Target, drain_s: float, on_wait: Callable[[float], None] | None = None) -> None:
     """End every process of this start, and return when none is left. Nothing else is ever signalled.
 
-    TERM to the main process, which drains for `drain_s` by itself; after that a second TERM (at once), KILL
+    TERM to the main process, which drains by itself; after `drain_s` a second TERM (no more waiting), KILL
     for it, and KILL for what is left of its tree. `on_wait` hears the seconds waited. InstanceError when a
     process may not be signalled, or does not die (it hangs in the kernel).
     """

@@ -91,6 +91,8 @@ class _Server:
         self._listener = listener
         self._folder = folder
         self._stopping = asyncio.Event()
+        self._hurried = asyncio.Event()
+        """A second signal: requests that still run are aborted instead of waited for."""
         self._fatal: Fatal | None = None
         self._ranks: Ranks | None = None
         self._progress_log = ProgressLog()
@@ -177,7 +179,10 @@ class _Server:
         return checkpoint, Tokenizer.from_files(checkpoint.tokenizer)
 
     async def _drain(self, living: asyncio.Task[str]) -> bool:
-        """Refuse new requests, let running ones end, abort the rest after the deadline. Whether the engine lived."""
+        """Refuse new requests, let running ones end, abort the rest after the deadline or a second signal.
+
+        Whether the engine lived.
+        """
         was_ready = self._service.state == "ready"
         self._service.state = "draining"
         count = self._client.num_open
@@ -186,9 +191,11 @@ class _Server:
             return True
         logger.info("stopping: %d requests may run for up to %g s", count, self._config.drain_timeout)
         idle = asyncio.create_task(self._client.wait_idle())
+        hurried = asyncio.create_task(self._hurried.wait())
         timeout = self._config.drain_timeout
-        await asyncio.wait({idle, living}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({idle, hurried, living}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
+        hurried.cancel()
         if living.done():
             return False
         if self._client.num_open:
@@ -217,7 +224,10 @@ class _Server:
         if not self._stopping.is_set():
             self._stopping.set()
             return
-        logger.warning("second signal: exiting at once")
+        if self._client.num_open and not self._hurried.is_set():
+            self._hurried.set()
+            return
+        logger.warning("another signal: exiting at once")
         kill_children()
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(128 + number)
