@@ -130,6 +130,16 @@ class Bench:
     num_pages: int
     context: int
 
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Graphs of these sizes in place of those that are there."""
+        runner = self.runner
+        max_pages = -(-self.context // self.args.page_size) + 1
+        self.graphs = TimedGraphs(
+            runner._model, runner._pool, runner._attention, runner._rows.last_token, max_pages, max(sizes)
+        )
+        self.graphs.capture(sizes)
+        runner._graphs = self.graphs
+
     def engine(self) -> tuple[Engine, MemoryChannel]:
         channel = MemoryChannel()
         scheduler = Scheduler(
@@ -314,7 +324,7 @@ def _by_kernel(window: torch_profile) -> tuple[Counter[str], Counter[str], Count
 
 
 def main() -> None:
-    args = _parse()
+    args = parse()
     bench = build(args)
     report = bench.report
     print(f"{report.config} on {report.device}, torch {report.torch_version}, Python {platform.python_version()}")
@@ -364,7 +374,7 @@ def _load(text: str) -> Load:
     return Load(*map(int, text.split(":")))
 
 
-def _parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="folder with a config.json")
     parser.add_argument("--batches", type=_load, nargs="+", default=[Load(1), Load(8), Load(32)], metavar="B[:INPUT]")
@@ -384,7 +394,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--profile", type=_load, nargs="*", default=[], metavar="B[:INPUT]")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

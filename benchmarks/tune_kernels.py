@@ -414,7 +414,7 @@ def main() -> None:
     print(f"{time.perf_counter() - started:.0f} s")
     if args.write:
         file.parent.mkdir(exist_ok=True)
-        file.write_text(_layout(tuner.found), encoding="utf-8")
+        file.write_text(layout(tuner.found), encoding="utf-8")
 
 
 def tune(tuner: Tuner, config: ModelConfig, args: argparse.Namespace) -> None:
@@ -426,7 +426,7 @@ def tune(tuner: Tuner, config: ModelConfig, args: argparse.Namespace) -> None:
     tune_experts(tuner, config, [1, *args.batches], args.prompts)
 
 
-def _layout(found: dict[str, Any]) -> str:
+def layout(found: dict[str, Any]) -> str:
     """JSON with one line for each innermost entry."""
     lines = []
     for kind, shapes in sorted(found.items()):

@@ -81,13 +81,10 @@ class ParallelState:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, same shape; `x` itself may be overwritten."""
         if self.size > 1:
-            self.count.entered += 1
-            try:
+            with self._entered():
                 if self.peers is not None and self.peers.takes(x):
                     return self.peers.sum(x)
                 dist.all_reduce(x, group=self.group)
-            except RuntimeError as error:
-                raise self._failed(error) from error
         return x
 
     def all_gather(self, x: Tensor, dim: int = -1) -> Tensor:
@@ -95,33 +92,24 @@ class ParallelState:
         if self.size == 1:
             return x
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        self.count.entered += 1
-        try:
+        with self._entered():
             dist.all_gather(parts, x.contiguous(), group=self.group)
-        except RuntimeError as error:
-            raise self._failed(error) from error
         return torch.cat(parts, dim=dim)
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Rank `source`'s `x` on every rank; `x` is overwritten on the others."""
         if self.size > 1:
-            self.count.entered += 1
-            try:
+            with self._entered():
                 dist.broadcast(x, group_src=source, group=self.group)
-            except RuntimeError as error:
-                raise self._failed(error) from error
         return x
 
     def smallest(self, values: Sequence[int], device: torch.device) -> list[int]:
         """For each of `values` the least that any rank gave. Returns once every rank is here."""
         if self.size == 1:
             return list(values)
-        self.count.entered += 1
         together = torch.tensor(values, dtype=torch.int64, device=device)
-        try:
+        with self._entered():
             dist.all_reduce(together, op=dist.ReduceOp.MIN, group=self.group)
-        except RuntimeError as error:
-            raise self._failed(error) from error
         least: list[int] = together.tolist()
         return least
 
@@ -137,11 +125,17 @@ class ParallelState:
             return 1
         return self.shard(kv_heads, "num_key_value_heads")
 
-    def _failed(self, error: RuntimeError) -> RuntimeError | RankLost:
-        """What to raise for an error of torch.distributed: the device's own stay what they are."""
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-            return error
-        return RankLost(f"rank {self.rank} lost the others in collective {self.count.entered}: {_first_line(error)}")
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Inside a collective. An error of torch.distributed becomes RankLost; the device's own stay what they are."""
+        self.count.entered += 1
+        try:
+            yield
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except RuntimeError as error:
+            lost = f"rank {self.rank} lost the others in collective {self.count.entered}: {_first_line(error)}"
+            raise RankLost(lost) from error
 
 
 SINGLE = ParallelState()

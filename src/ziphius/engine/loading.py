@@ -60,8 +60,8 @@ _log = logging.getLogger(__name__)
 Report = Callable[[LoadProgress], None]
 
 _WARM_UP_PROMPT = 64
-_WARM_UP_PROMPTS_ON_GPU = (2048, 512, 128)
-"""Beside a whole step's worth: prompts of each of these sizes are computed by kernels of their own."""
+_WARM_UP_PROMPTS_ON_GPU = (4096, 2048, 1024, 512, 256, 128)
+"""Beside a whole step's worth: prompts of each of these sizes are computed by other kernels, the library's too."""
 
 
 @dataclass(frozen=True, slots=True)
