@@ -41,6 +41,10 @@ def test_mla_decode(
     assert_close(combine.combine(gpu, parts, dtype), whole.to(dtype))
     assert_close(combine.combine_torch(expected).to(dtype), whole.to(dtype))
     assert_close(combine.combine_values(gpu, parts, w_uv), combine.combine_values_torch(expected, w_uv))
+    poison_memory(device)
+    keys_first = paged_decode.MLAConfig(16, 16, 2, 4, keys_first=True)
+    parts = paged_decode.mla_parts(gpu, q, cache, paged, 0.2, plan, keys_first)
+    assert_close(combine.combine(gpu, parts, dtype), whole.to(dtype))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 16), (4, 4, 24), (3, 1, 8)])

@@ -78,7 +78,8 @@ def _bounds(length, split, splits, chunk, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["splits", "chunk"])
 def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table, splits, chunk,
                 HEADS: tl.constexpr, LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr,
-                PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, KEYS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
+                KEYS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Grid: tokens, head blocks, splits. A cache row is key and, but for its rotary part, value of every head.
 
     KEYS_FIRST: cache rows are the tensor cores' first operand, so that few heads do not leave most of a tile empty;
@@ -142,7 +143,8 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table,
 @triton.jit(do_not_specialize=["splits", "chunk"])
 def _gqa_kernel(q, k_cache, v_cache, page_table, seq_lens, sums, logs, scale, stride_q, stride_table, splits, chunk,
                 HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-                BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
+                PDL: tl.constexpr):  # fmt: skip
     """Grid: tokens, key heads, splits. GROUP query heads share a key head."""
     allow_next(PDL)
     t = tl.program_id(0).to(tl.int64)
@@ -220,8 +222,8 @@ def mla_parts(
         q, cache, paged.page_table, paged.seq_lens, parts.sums, parts.logs, scale * _LOG2E,
         paged.page_table.stride(0), plan.splits, plan.chunk, HEADS=heads, LORA=lora, ROPE=rope,
         BLOCK_R=max(16, triton.next_power_of_2(rope)), PAGE=paged.page_size, BLOCK_H=config.block_h,
-        BLOCK_KV=config.block_kv, STAGES=config.stages,
-        KEYS_FIRST=config.keys_first, num_warps=config.warps, **gpu.overlap,
+        BLOCK_KV=config.block_kv, STAGES=config.stages, KEYS_FIRST=config.keys_first, num_warps=config.warps,
+        **gpu.overlap,
     )  # fmt: skip
     return parts
 

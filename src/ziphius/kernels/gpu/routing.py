@@ -98,7 +98,8 @@ def _top_k(logits, ids, weights, token, scale, EXPERTS: tl.constexpr, GROUPS: tl
 @triton.jit
 def _top_k_kernel(logits, ids, weights, counts, scale, EXPERTS: tl.constexpr, GROUPS: tl.constexpr,
                   BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, KEPT_GROUPS: tl.constexpr, TOP_K: tl.constexpr,
-                  SHARED: tl.constexpr, RENORMALIZE: tl.constexpr, COUNTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  SHARED: tl.constexpr, RENORMALIZE: tl.constexpr, COUNTS: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """Program t: token t. Program 0 also clears the counts that sorting starts from."""
     allow_next(PDL)
     wait_for_previous(PDL)
@@ -245,7 +246,8 @@ def top_k(gpu: Gpu, logits: Tensor, moe: MoEConfig, shared: int, workspace: Rout
     routes = _empty_routes(logits.shape[0], moe, shared, logits.device)
     if logits.shape[0]:
         _top_k_kernel[(logits.shape[0],)](
-            logits, routes.ids, routes.weights, workspace.counts, moe.routed_scaling_factor, **_top_k_shape(moe, shared), num_warps=1, **gpu.overlap,
+            logits, routes.ids, routes.weights, workspace.counts, moe.routed_scaling_factor,
+            **_top_k_shape(moe, shared), num_warps=1, **gpu.overlap,
         )  # fmt: skip
     return routes
 

@@ -143,8 +143,8 @@ def skinny_linear(
         x, weight, y, added, workspace.partials, workspace.counters, tokens, rows, columns,
         x.stride(0), weight.stride(0), y.stride(0), added.stride(0),
         BLOCK_T=block_t, BLOCK_N=config.block_n, BLOCK_K=config.block_k, SPLITS=splits, STAGES=config.stages,
-        EVEN_K=columns % (config.block_k * splits) == 0, RESIDUAL=residual is not None, PREFETCH=config.prefetch and columns % 8 == 0, num_warps=config.warps,
-        **gpu.overlap,
+        EVEN_K=columns % (config.block_k * splits) == 0, RESIDUAL=residual is not None,
+        PREFETCH=config.prefetch and columns % 8 == 0, num_warps=config.warps, **gpu.overlap,
     )  # fmt: skip
     return y
 
