@@ -7,12 +7,14 @@
  "experts": {"EXPERTSxHIDDENxWIDTH": {"TOKENS": {"pairs": [PairConfig's fields]} |
                                                 {"block_m": B, "first": [GroupedConfig's fields], "second": [...],
                                                  "prompt": true where many tokens an expert are computed}}}}
-A number of tokens means: up to so many; null: the library is faster. What is not there is guessed from sizes.
+A number of tokens means: up to so many; null: the library is faster. What is not there is guessed from sizes, or taken
+from a device with the same processors.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -50,9 +52,13 @@ class Tuned:
 
     @classmethod
     def of(cls, gpu: Gpu) -> Tuned:
-        name = gpu.name.replace(" ", "_").replace("/", "_") + ".json"
-        path = resources.files("ziphius.kernels.gpu") / "tuned" / name
-        return cls(gpu, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+        """What was measured on this device; on another Hopper GPU, what was measured on an H200: the same processor."""
+        hopper = re.match(r"NVIDIA G?H\d", gpu.name) is not None
+        for name in (gpu.name, *(("NVIDIA H200",) if hopper else ())):
+            path = resources.files("ziphius.kernels.gpu") / "tuned" / (re.sub(r"[ /]", "_", name) + ".json")
+            if path.is_file():
+                return cls(gpu, json.loads(path.read_text(encoding="utf-8")))
+        return cls(gpu)
 
     def skinny(self, tokens: int, rows: int, columns: int) -> SkinnyConfig | None:
         """None: not by this kernel."""
@@ -86,7 +92,7 @@ class Tuned:
             return GroupedPlan(16, GroupedConfig(32, 64), GroupedConfig(64, 64, tiles=8))
         by_tokens = self.measured.get("experts", {}).get(f"{experts}x{hidden}x{width}")
         if by_tokens is None:
-            return guess_experts(tokens, experts, hidden, width, top_k)
+            return guess_experts(self.gpu, tokens, experts, hidden, width, top_k)
         best = _up_to(by_tokens, tokens)
         if "pairs" in best:
             return PairConfig(*best["pairs"])
@@ -104,7 +110,7 @@ def guess_skinny(gpu: Gpu, tokens: int, rows: int, columns: int) -> SkinnyConfig
     return SkinnyConfig(block_n, block_k, splits, stages=4 if tokens <= 32 else 3)
 
 
-def guess_experts(tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
+def guess_experts(gpu: Gpu, tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
     """Blocks about as large as an expert's share of the tokens."""
     if tokens <= 4:
         return pair_config(hidden, width, 2)
@@ -112,9 +118,13 @@ def guess_experts(tokens: int, experts: int, hidden: int, width: int, top_k: int
     # Tensor descriptors, which prompts are computed by, want rows of whole 16 bytes.
     if share <= 24 or hidden % 8 or width % 8:
         return GroupedPlan(16, GroupedConfig(32, 128), GroupedConfig(64, 128, tiles=8))
+    # Before Hopper the operands of a product take registers too.
+    block_k = 64 if gpu.pdl else 32
     if share <= 96:
-        return GroupedPlan(64, GroupedConfig(64, 64, 4, 4), GroupedConfig(128, 64, 3, 4, tiles=8), prompt=True)
-    return GroupedPlan(128, GroupedConfig(128, 64, 3, 8), GroupedConfig(128, 64, 3, 8, tiles=2), prompt=True)
+        first, second = GroupedConfig(64, block_k, 4, 4), GroupedConfig(128, block_k, 3, 4, tiles=8)
+        return GroupedPlan(64, first, second, prompt=True)
+    first, second = GroupedConfig(128, block_k, 4, 8), GroupedConfig(128, block_k, 3, 8, tiles=2)
+    return GroupedPlan(128, first, second, prompt=True)
 
 
 def _up_to(by_tokens: Mapping[str, Any], tokens: int) -> Any:
