@@ -3,7 +3,7 @@
     python compile_for.py CAPABILITY CONFIG.json TOKENS...
 
 The real model runs on torch's meta device, and launches only compile. TOKENS: steps of so many decoding rows, or, with
-a `p` before it, prompts of so many tokens. stdout: a JSON list of [kernel, bytes of shared memory, stack bytes a thread].
+a `p` before it, prompts of so many tokens. stdout: JSON, for each kernel [name, bytes of shared memory, stack bytes].
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every kernel of a step compiles for an A100 and for a Hopper GPU, and fits: shared memory, and no registers spilled."""
+"""Every kernel of a step compiles for an A100 and for a Hopper GPU, fits shared memory, and spills no registers."""
 
 from __future__ import annotations
 
