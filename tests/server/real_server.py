@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+from tests.shared_memory import SharedMemory
 
 _DEADLINE_S = 120.0
 
@@ -35,6 +36,7 @@ class ServeProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._pids: set[int] = {self.process.pid}
+        self._shared = SharedMemory()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -54,8 +56,11 @@ class ServeProcess:
             time.sleep(0.05)
 
     def remember(self) -> None:
-        """Note its processes, to see later that none is left."""
-        self._pids |= {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
+        """Note its processes and their shared memory, to see later that none is left."""
+        main = psutil.Process(self.process.pid)
+        processes = [main, *main.children(recursive=True)]
+        self._pids |= {process.pid for process in processes}
+        self._shared.look(processes)
 
     def ended(self) -> int:
         """The exit code, once it has ended."""
@@ -64,8 +69,9 @@ class ServeProcess:
         return code
 
     def leftovers(self) -> list[str]:
-        """Processes, folders with sockets, and the port, if anything is still there."""
+        """Processes, shared memory, folders with sockets, and the port, if anything is still there."""
         left = [f"process {pid}" for pid in self._pids if not _gone(pid)]
+        left += self._shared.left()
         return left + [str(path) for path in self.folder.glob("ziphius-*")]
 
     def close(self) -> None:
