@@ -80,7 +80,7 @@ def make_bench(folder: Path, env: Mapping[str, str]) -> Iterator[SglangBench]:
     bench = SglangBench(home, model, {**env, "ZIPHIUS_HOME": str(home)})
     yield bench
     for name in Instances(home).names():
-        process.end_tree(target(bench.record(name)), 0)
+        process.end_tree(target(bench.record(name)), process.SETTLE_S)
 
 
 @pytest.fixture

@@ -223,6 +223,24 @@ class TestStop:
         assert State.STOPPING in seen
         assert manager.status("default").state is State.STOPPED
 
+    @pytest.mark.parametrize(("given", "patience"), [(0.0, 0.0), (5.0, 5.0), (None, 32.0), (40.0, 42.0)])
+    def test_says_when_less_time_is_given_than_the_server_takes(
+        self, bench: Bench, quiet: Quiet, monkeypatch: pytest.MonkeyPatch, given: float | None, patience: float
+    ) -> None:
+        """Running requests end by themselves at the server's own deadline; before that a second signal ends them."""
+        manager = bench.manager()
+        manager.start(bench.resolved(drain_timeout=30), quiet)
+        taken: list[float] = []
+        end_tree = process.end_tree
+
+        def end_now(target: process.Target, patience_s: float, on_wait: Quiet) -> None:
+            taken.append(patience_s)
+            end_tree(target, 0, on_wait)
+
+        monkeypatch.setattr(process, "end_tree", end_now)
+        manager.stop("default", given, quiet)
+        assert taken == [patience]
+
     def test_while_another_command_is_at_work_names_it(self, bench: Bench, quiet: Quiet) -> None:
         bench.manager().start(bench.resolved(), quiet)
         with bench.instances.lock("default", "restart"):

@@ -50,7 +50,7 @@ def run(launch: Launch, drain_s: float, *, follows: bool = False) -> int:
             except subprocess.TimeoutExpired:
                 continue
     finally:
-        process.end_tree(target, drain_s if asked else 0)
+        process.end_tree(target, process.SETTLE_S + (drain_s if asked else 0))
         process.clean_up(launch.cleanup)
     code = child.wait()
     return 0 if asked else code if code >= 0 else 128 - code

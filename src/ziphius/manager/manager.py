@@ -195,7 +195,7 @@ class Manager:
         """Workers that outlived a killed main process would keep their memory."""
         record = self._instances.read(name)
         if record is not None and record.pid is not None:
-            self._end(record, 0)
+            self._end(record, process.SETTLE_S)
 
     def _refuse_taken_port(self, config: ServeConfig) -> None:
         from ziphius.server.listener import bind  # here: it is slow to import, and only a start needs it
@@ -247,19 +247,19 @@ class Manager:
     def _undo(self, child: subprocess.Popen[bytes], record: Record) -> None:
         """Leave nothing running. A child that died by itself stays on record: it has failed, and can say why."""
         died = child.poll() is not None
-        self._end(record, 0)
+        self._end(record, process.SETTLE_S)
         child.wait()
         if not died:
             with self._instances.lock(record.name, "start"):
                 self._instances.mark_stopped(record.name, child.pid)
 
-    def _end(self, record: Record, drain_s: float, on_wait: OnWait | None = None) -> None:
+    def _end(self, record: Record, patience_s: float, on_wait: OnWait | None = None) -> None:
         """All that a start has started, and what it held: memory of GPUs, the port."""
         from ziphius.planner.probe import probe_host  # here: `status` does without it
 
         target = _target(record)
         held = release.held_memory((member.pid for member in process.tree(target)), probe_host)
-        process.end_tree(target, drain_s, on_wait)
+        process.end_tree(target, patience_s, on_wait)
         process.clean_up(record.cleanup)
         config = record.resolved.config
         release.wait_for_memory(held, probe_host)
@@ -281,7 +281,9 @@ class Manager:
                 "drop its record with stop --forget)"
             )
         drain = record.resolved.config.drain_timeout if drain_s is None else drain_s
-        self._end(record, drain, on_wait)
+        # A shorter time than its own it hears of by a second signal, which would break off an idle one's orderly end.
+        cut_short = drain < record.resolved.config.drain_timeout and (before.running or before.queued)
+        self._end(record, drain if cut_short else drain + process.SETTLE_S, on_wait)
         self._instances.write(replace(record, pid=None))
         return before
 

@@ -20,8 +20,8 @@ from ziphius.launchers.launcher import RUN_ID, Launch
 # Runs the command in its own place once a line has come; with nobody left to send one, it ends.
 _HELD_BACK = ("/bin/sh", "-c", 'IFS= read -r _ && exec "$@" </dev/null', "ziphius-start")
 _POLL_S = 0.1
-_SETTLE_S = 2.0
-"""Beyond the drain itself: how long the main process gets to end its last requests, and its workers after it."""
+SETTLE_S = 2.0
+"""How long the main process gets to end its last requests after a drain, and its workers after it."""
 _KILL_S = 15.0
 _CLEANUP_S = 60.0
 # As docker tells it. Where its daemon is out of reach, no container was started, or all ended with the daemon.
@@ -159,27 +159,28 @@ def resident_bytes(target: Target) -> int:
     return total
 
 
-def end_tree(target: Target, drain_s: float, on_wait: Callable[[float], None] | None = None) -> None:
+def end_tree(target: Target, patience_s: float, on_wait: Callable[[float], None] | None = None) -> None:
     """End every process of this start, and return when none is left. Nothing else is ever signalled.
 
-    TERM to the main process, which drains by itself; after `drain_s` a second TERM (no more waiting), KILL
+    TERM to the main process, which drains by itself; after `patience_s` a second TERM (no more waiting), KILL
     for it, and KILL for what is left of its tree. `on_wait` hears the seconds waited. InstanceError when a
     process may not be signalled, or does not die (it hangs in the kernel).
     """
     members = {process.pid: process for process in tree(target)}
     try:
         if (main := members.get(target.pid)) is not None and alive(target):
-            _end_main(main, drain_s, on_wait)
+            _end_main(main, patience_s, on_wait)
         _end_rest(target, members)
     except psutil.AccessDenied as e:
         raise InstanceError(f"not permitted to signal process {e.pid}; it belongs to another user") from e
 
 
-def _end_main(main: psutil.Process, drain_s: float, on_wait: Callable[[float], None] | None) -> None:
+def _end_main(main: psutil.Process, patience_s: float, on_wait: Callable[[float], None] | None) -> None:
     started = time.monotonic()
-    for number, patience_s in ((signal.SIGTERM, drain_s + _SETTLE_S), (signal.SIGTERM, _SETTLE_S)):
-        _signal(main, number)
-        deadline = time.monotonic() + patience_s
+    # Two signals that come together are one to whoever gets them.
+    for limit_s in (max(patience_s, _POLL_S), SETTLE_S):
+        _signal(main, signal.SIGTERM)
+        deadline = time.monotonic() + limit_s
         while _lives(main) and time.monotonic() < deadline:
             if on_wait is not None:
                 on_wait(time.monotonic() - started)
@@ -193,7 +194,7 @@ def _end_main(main: psutil.Process, drain_s: float, on_wait: Callable[[float], N
 
 def _end_rest(target: Target, members: dict[int, psutil.Process]) -> None:
     """Workers end when their parent does; whoever does not is killed, newcomers too, until nobody is left."""
-    settled = time.monotonic() + _SETTLE_S
+    settled = time.monotonic() + SETTLE_S
     deadline = settled + _KILL_S
     while True:
         members.update({process.pid: process for process in tree(target)})
