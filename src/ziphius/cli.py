@@ -331,7 +331,7 @@ def _starting(manager: Manager, name: str) -> Iterator[Callable[[LoadProgress], 
             yield progress
     except StartFailed as e:
         lines = manager.log_tail(name, _SHOWN_LOG_LINES)
-        if lines:
+        if any(e.message not in line for line in lines):  # else they would say the same twice
             note(f"Last lines of {manager.log_path(name)}:")
             for line in lines:
                 note(f"  {line}")

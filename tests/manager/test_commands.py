@@ -110,6 +110,15 @@ def test_a_failed_start_shows_the_reason_and_the_log(bench: Bench) -> None:
     assert run(bench, "--", "status").returncode == 1
 
 
+def test_a_reason_that_is_all_the_log_says_is_shown_once(bench: Bench) -> None:
+    port = str(bench.resolved().config.port)
+    done = run(bench, "--crash", "error", "--", "start", "--port", port, "--log-level", "error")
+    assert done.returncode == 1
+    assert done.stderr.count("the weights are too large") == 1
+    assert "Last lines" not in done.stderr
+    assert "the weights are too large" in run(bench, "--", "logs").stdout
+
+
 def test_no_key_is_ever_printed(bench: Bench) -> None:
     done = start(bench, "--api-key", "the-key")
     assert "Bearer $ZIPHIUS_API_KEY" in done.stdout
