@@ -18,7 +18,6 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
 from tests.end_to_end.conftest import (
     Installation,
@@ -31,6 +30,7 @@ from tests.end_to_end.conftest import (
 )
 from tests.end_to_end.small_v25 import SHARDS, write_small_v25
 from tests.models.stand_in_hub import GOOD_TOKEN, Fault, StandInHub
+from tests.shared_memory import SharedMemory
 
 from ziphius.llm import LLM
 from ziphius.messages import SamplingParams
@@ -100,20 +100,19 @@ class Expected:
 
 def test_from_the_hub_to_answers_and_through_faults(clone: Installation, hub: StandInHub, checkpoint: Path) -> None:
     expected = Expected(checkpoint)
-    shared_memory = _shared_memory()
     server = _first_start(clone, hub)
     _answers(server, expected)
-    _a_killed_rank_ends_it(server, shared_memory)
+    _a_killed_rank_ends_it(server)
     hub.down = True  # what was fetched is enough
     server = clone.start(*SETTINGS)
     _answers(server, expected)
-    _a_stopped_rank_ends_it(server, shared_memory)
+    _a_stopped_rank_ends_it(server)
     clone.run("start", "--port", str(server.port), *SETTINGS)
     _answers(server, expected)
-    tree = server.tree()
+    tree = _Tree(server)
     clone.run("stop")
     assert clone.run("status", check=False).returncode == 3
-    _nothing_is_left(server, tree, shared_memory)
+    _nothing_is_left(server, tree)
 
 
 def _first_start(clone: Installation, hub: StandInHub) -> Server:
@@ -121,9 +120,9 @@ def _first_start(clone: Installation, hub: StandInHub) -> Server:
     told = clone.run("start", "--port", str(free_port()), *SETTINGS, check=False, HF_TOKEN="")
     assert told.returncode == 1
     assert f"{MODEL} is gated: ask for access at {hub.url}/{MODEL}" in told.stderr.splitlines()[-1]
-    for verb, code in (("start", 2), ("serve", 1)):
+    for verb in ("start", "serve"):
         refused = clone.run(verb, "--port", str(free_port()), *SETTINGS, "--tp", "3", check=False)
-        assert refused.returncode == code
+        assert refused.returncode == 2
         assert "3 ranks (--tp) cannot share this model: vocabulary 102,400 = 3 x 34,133 + 1; heads 8" in refused.stderr
     assert hub.counts() == {}, "no weights for nothing"
 
@@ -156,6 +155,15 @@ def _answers(server: Server, expected: Expected) -> None:
         assert middle.choices[0].text == fim
 
 
+class _Tree:
+    """A server's processes and their shared memory."""
+
+    def __init__(self, server: Server) -> None:
+        self.processes = server.tree()
+        self.shared = SharedMemory()
+        self.shared.look(self.processes)
+
+
 class _LongAnswer(threading.Thread):
     """A stream that the server will not end well, and the error that ends it."""
 
@@ -182,18 +190,18 @@ class _LongAnswer(threading.Thread):
         return self.error
 
 
-def _a_killed_rank_ends_it(server: Server, shared_memory: set[str]) -> None:
-    tree, client, rank = server.tree(), _LongAnswer(server), server.live()["engine_pids"][1]
+def _a_killed_rank_ends_it(server: Server) -> None:
+    tree, client, rank = _Tree(server), _LongAnswer(server), server.live()["engine_pids"][1]
     os.kill(rank, signal.SIGKILL)
     _ended_with(server, client, f"rank 1: the engine process {rank} was ended by SIGKILL")
-    _nothing_is_left(server, tree, shared_memory)
+    _nothing_is_left(server, tree)
 
 
-def _a_stopped_rank_ends_it(server: Server, shared_memory: set[str]) -> None:
-    tree, client, rank = server.tree(), _LongAnswer(server), server.live()["engine_pids"][1]
+def _a_stopped_rank_ends_it(server: Server) -> None:
+    tree, client, rank = _Tree(server), _LongAnswer(server), server.live()["engine_pids"][1]
     os.kill(rank, signal.SIGSTOP)
     _ended_with(server, client, f"rank 1 (process {rank}) has not answered for")
-    _nothing_is_left(server, tree, shared_memory)
+    _nothing_is_left(server, tree)
 
 
 def _ended_with(server: Server, client: _LongAnswer, reason: str) -> None:
@@ -203,17 +211,12 @@ def _ended_with(server: Server, client: _LongAnswer, reason: str) -> None:
     assert reason in server.installation.run("logs", "-n", "20").stdout
 
 
-def _nothing_is_left(server: Server, tree: list[psutil.Process], shared_memory: set[str]) -> None:
-    wait_until(lambda: not any(alive(process) for process in tree), "every process has ended")
+def _nothing_is_left(server: Server, tree: _Tree) -> None:
+    wait_until(lambda: not any(alive(process) for process in tree.processes), "every process has ended")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", server.port))
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health", timeout=5)
     assert list(Path(server.installation.env["TMPDIR"]).glob("ziphius-*")) == []
-    assert _shared_memory() <= shared_memory
-
-
-def _shared_memory() -> set[str]:
-    folder = Path("/dev/shm")
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    assert tree.shared.left() == []

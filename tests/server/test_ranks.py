@@ -40,13 +40,7 @@ def start(model: Path) -> Iterator[Start]:
             server.close()
 
 
-def shared_memory() -> set[str]:
-    folder = Path("/dev/shm")
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
 def test_two_servers_side_by_side_a_killed_rank_and_an_idle_one_that_stops(start: Start) -> None:
-    before = shared_memory()
     first, second = start("--tp", "2"), start("--tp", "2")
     for server in (first, second):
         server.until_ready()
@@ -71,7 +65,6 @@ def test_two_servers_side_by_side_a_killed_rank_and_an_idle_one_that_stops(start
     assert second.ended() == 1
     assert f"rank 1 (process {stopped}) has not answered for" in second.log
     assert second.leftovers() == []
-    assert shared_memory() <= before
 
 
 def test_rank_0_stopped_in_the_middle_of_an_answer(start: Start) -> None:
@@ -109,9 +102,9 @@ def test_a_short_stop_is_survived_and_an_orderly_end_leaves_nothing(start: Start
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--tp", "4"), 1, ("vocabulary 258 = 4 x 64 + 2",)),
-        (("--tp", "3"), 1, ("heads 4 = 3 x 1 + 1", "Nearest sizes that can: 2")),
-        (("--tp", "5"), 1, ("vocabulary 258 = 5 x 51 + 3", "heads 4 = 5 x 0 + 4", "dense width 48 = 5 x 9 + 3")),
+        (("--tp", "4"), 2, ("vocabulary 258 = 4 x 64 + 2",)),
+        (("--tp", "3"), 2, ("heads 4 = 3 x 1 + 1", "Nearest sizes that can: 2")),
+        (("--tp", "5"), 2, ("vocabulary 258 = 5 x 51 + 3", "heads 4 = 5 x 0 + 4", "dense width 48 = 5 x 9 + 3")),
         (("--tp", "2", "--nnodes", "2"), 2, ("--dist-init-addr",)),
         (("--tp", "3", "--nnodes", "2", "--dist-init-addr", "127.0.0.1:1"), 2, ("3 = 2 x 1 + 1",)),
         (("--tp", "0"), 2, ("at least 1",)),

@@ -53,7 +53,7 @@ _Result = TypeVar("_Result")
 
 
 def serve(resolved: Resolved) -> int:
-    """Run the server until it is told to stop (0) or fails (1).
+    """Run the server until it is told to stop (0) or fails (its error's exit code, mostly 1).
 
     PortInUse or InstanceError when the port cannot be taken; nothing was started then. Call it in the main
     thread, with logging configured. ConfigError for options that contradict one another.
@@ -94,6 +94,7 @@ class _Server:
         self._hurried = asyncio.Event()
         """A second signal: requests that still run are aborted instead of waited for."""
         self._fatal: Fatal | None = None
+        self._failed_code = ZiphiusError.exit_code
         self._ranks: Ranks | None = None
         self._progress_log = ProgressLog()
 
@@ -115,7 +116,7 @@ class _Server:
                 code = 0
             else:
                 self._fail(_reason(serving, carrying, living))
-                code = 1
+                code = self._failed_code
             http.should_exit = True
             await asyncio.wait({serving})
             living.cancel()  # it may be about to start what is to be stopped
@@ -138,6 +139,7 @@ class _Server:
         try:
             checkpoint, tokenizer = await _in_daemon_thread(self._open)
         except ZiphiusError as e:
+            self._failed_code = e.exit_code
             return e.message
         name = self._config.served_model_name or checkpoint.name
         info = ModelInfo(
@@ -155,6 +157,7 @@ class _Server:
         try:
             await self._ranks.start(checkpoint)
         except ZiphiusError as e:
+            self._failed_code = e.exit_code
             return e.message
         except OSError as e:
             return f"cannot start the engine: {e.strerror}"
