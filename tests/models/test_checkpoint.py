@@ -137,6 +137,14 @@ def test_a_chat_template_of_ones_own(tmp_path: Path) -> None:
         open_checkpoint(str(folder), tmp_path, chat_template=str(template))
 
 
+def test_a_broken_chat_template_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}\n{% if %}")
+    with pytest.raises(ConfigError, match=r"mine\.jinja: the chat template is not valid Jinja: line 2") as caught:
+        open_checkpoint("nobody/nothing", tmp_path, chat_template=str(template))
+    assert caught.value.param == "chat_template"
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nothing"):
         open_checkpoint(str(tmp_path), tmp_path)

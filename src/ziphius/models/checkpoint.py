@@ -59,7 +59,7 @@ def open_checkpoint(
     where they must be; what it raises is raised here. Anything wrong is a ModelError that names the file and what was
     tried, or a ConfigError for an option that the model contradicts.
     """
-    template = None if chat_template is None else read_chat_template(Path(chat_template).expanduser())
+    template = None if chat_template is None else _own_template(Path(chat_template).expanduser())
     checkpoint = _open(model, home, on_progress, revision, load_format == "auto", update, check)
     if check is not None:
         check(checkpoint.config)
@@ -73,6 +73,18 @@ def open_checkpoint(
     if checkpoint.tokenizer is None:
         raise ConfigError(f"a chat template needs a tokenizer, and {model} has none", param="chat_template")
     return replace(checkpoint, tokenizer=replace(checkpoint.tokenizer, chat_template=template))
+
+
+def _own_template(path: Path) -> str:
+    """A chat template that is valid Jinja: told before anything is fetched."""
+    from ziphius.tokenizer.chat import ChatTemplate  # here: it needs jinja2, which few commands do
+
+    text = read_chat_template(path)
+    try:
+        ChatTemplate(text, {})
+    except CheckpointError as e:
+        raise ConfigError(f"{path}: {e.message}", param="chat_template") from e
+    return text
 
 
 def open_configured(
