@@ -183,3 +183,21 @@ def test_what_a_server_outlived_is_not_why_it_ended(answer: str) -> None:
     assert later.trouble == "out of memory under load"
     # These are answered by a server that cannot compute any more.
     assert last_exception(UP + odd + answered.replace("/health", "/metrics/").replace("POST", "GET")) is not None
+
+
+def test_a_call_that_sglang_does_without_is_not_why_it_ended() -> None:
+    """With few log lines nothing tells that the server was up after it."""
+    refused = "[Errno 111] Connection refused"
+    call = f"Max retries exceeded with url: /freeze_gc (Caused by NewConnectionError('{refused}'))"
+    log = (
+        "[2026-01-01 00:00:00] post-warmup freeze_gc failed\nTraceback (most recent call last):\n"
+        f"ConnectionRefusedError: {refused}\nurllib3.exceptions.NewConnectionError: {refused}\n"
+        "[2026-01-01 00:00:00] No space left on device\n"
+        f"urllib3.exceptions.MaxRetryError: {call}\nrequests.exceptions.ConnectionError: {call}\n"
+    )
+    assert last_exception(log) is None
+    assert last_exception(log + "my.module.OddError: never seen\n") == "my.module.OddError: never seen"
+    assert last_exception("my.module.OddError: never seen\n" + log) == "my.module.OddError: never seen"
+    found = diagnose(log)
+    assert found is not None
+    assert found.trouble == "disk full", "what others wrote between its lines counts"

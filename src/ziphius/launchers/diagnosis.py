@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ziphius.launchers.sglang_log import FIRED_UP, lines_of
+from ziphius.launchers.sglang_log import FIRED_UP, STAMP, lines_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +194,7 @@ _TROUBLES = (
 )  # fmt: skip
 _ERROR = re.compile(r"^(?:\w+\.)*(?:\w*(?:Error|Exception|Interrupt|Exit)): .+")
 _NOT_TOLD = re.compile(r"^(?:\[[^\]]*\] )?(?:server_args=|usage:|Ignore import error)")
+_FREEZE, _FREEZE_FAILED = "/freeze_gc", "freeze_gc failed"
 # It takes a token that was computed.
 _ANSWERED = re.compile(r'"(?:POST /\S*|GET /health(?:_generate)?) HTTP/[\d.]+" 200')
 
@@ -203,7 +204,7 @@ def diagnose(text: str) -> Diagnosis | None:
 
     What came before an answered request is none: the server outlived it.
     """
-    lines = [line for line in lines_of(text) if not _NOT_TOLD.match(line)]
+    lines = [line for line in _telling(text) if not _NOT_TOLD.match(line)]
     answered = _after_last(lines, _ANSWERED.search)
     up = next((number for number, line in enumerate(lines) if FIRED_UP in line), len(lines))
     lines, up = lines[answered:], max(0, up - answered)
@@ -218,10 +219,21 @@ def diagnose(text: str) -> Diagnosis | None:
 
 def last_exception(text: str) -> str | None:
     """The last exception's own line, for a failure that no trouble fits. None where the server outlived it."""
-    lines = lines_of(text)
+    lines = _telling(text)
     alive = _after_last(lines, lambda line: FIRED_UP in line or _ANSWERED.search(line))
     found = [line for line in lines[alive:] if _ERROR.match(line) and not line.startswith("KeyboardInterrupt")]
     return found[-1] if found else None
+
+
+def _telling(text: str) -> list[str]:
+    """The lines without the exceptions of a call of /freeze_gc, which SGLang makes of itself and does without."""
+    lines = lines_of(text)
+    said = [number for number, line in enumerate(lines) if _FREEZE in line and _ERROR.match(line)]
+    if not said:
+        return lines
+    # The first exceptions of the chain, about a connection, do not name the call that they belong to.
+    begin = next((number for number, line in enumerate(lines[: said[0]]) if _FREEZE_FAILED in line), said[0])
+    return [line for number, line in enumerate(lines) if not begin <= number <= said[-1] or STAMP.match(line)]
 
 
 def _after_last(lines: list[str], says: Callable[[str], object]) -> int:

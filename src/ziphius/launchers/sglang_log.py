@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ziphius.messages import LoadProgress
 
-_STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] ")
+STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] ")
 _SHARDS = re.compile(r"shards:\s+\d+% Completed \| (\d+)/(\d+)")
 _POOL = re.compile(r"KV Cache is allocated\..*?#tokens: (\d+)(?:, (.*))?$")
 _SIZES = re.compile(r"([\d.]+) GB")
@@ -56,7 +56,7 @@ def read_state(text: str) -> LogState:
     weight_bytes: int | None = None
     fired_up = was_healthy = draining = False
     for line in lines_of(text):
-        said = _STAMP.sub("", line)
+        said = STAMP.sub("", line)
         if said.startswith("server_args="):
             continue  # it holds everything, a chat template's words among it
         progress = _progress(said, progress)
