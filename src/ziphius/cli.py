@@ -19,7 +19,6 @@ from ziphius.cli_options import (
     ConfigFile,
     EngineArguments,
     Force,
-    ForceSglang,
     Json,
     Name,
     resolved_from,
@@ -124,10 +123,13 @@ def serve(
     flags: dict[str, Any],
     arguments: EngineArguments = None,
     config: ConfigFile = None,
-    force: ForceSglang = False,
+    force: Force = False,
     resolved: Annotated[bool, typer.Option("--resolved", hidden=True)] = False,
 ) -> None:
-    """Run the server in the foreground."""
+    """Run the server in the foreground.
+
+    What cannot work is refused first, as by `start`.
+    """
     from ziphius.launchers.native import read_resolved
 
     settings = (
@@ -135,7 +137,7 @@ def serve(
     )
     if settings.config.engine != "native":
         raise typer.Exit(_run_engine(settings, force))
-    code = _serve(settings)
+    code = _serve(settings, force, planned=resolved)
     if resolved and code == 0:
         from ziphius.manager.instance import Instances
         from ziphius.paths import ziphius_home
@@ -157,7 +159,8 @@ def _run_engine(resolved: Resolved, force: bool) -> int:
     return run(launch, resolved.config.drain_timeout, follows=resolved.config.node_rank > 0)
 
 
-def _serve(resolved: Resolved) -> int:
+def _serve(resolved: Resolved, force: bool, planned: bool) -> int:
+    """`planned`: by the `start` that it is a part of."""
     import logging
 
     from ziphius import log
@@ -167,10 +170,18 @@ def _serve(resolved: Resolved) -> int:
     if resolved.config.node_rank == 0:  # the others end when it has
         drain_on_signal()
     log.configure(resolved.config.log_level)
+    logger = logging.getLogger("ziphius")
     try:
+        if not planned:
+            from ziphius.launchers.engines import native_in_foreground
+
+            outlook = native_in_foreground(resolved, os.environ, force=force)
+            for line in outlook.notes:
+                logger.info(line)
+            os.environ.update(outlook.environment)  # its ranks inherit it
         return run(resolved)
     except ZiphiusError as e:
-        logging.getLogger("ziphius").error(e.message)
+        logger.error(e.message)
         return e.exit_code
 
 

@@ -85,8 +85,6 @@ EngineArguments = Annotated[
     typer.Argument(metavar="-- ARGUMENT", help="For --engine sglang: further arguments of SGLang.", show_default=False),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Start though the plan says no.")]
-ForceSglang = Annotated[bool, typer.Option("--force", help="For --engine sglang: start though the plan says no.")]
-"""For `serve`, which leaves the native engine to look by itself."""
 
 
 def with_engine_arguments(flags: dict[str, Any], words: list[str] | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from ziphius.config import Resolved, resolve
 from ziphius.errors import ConfigError, DoesNotFit, ModelError
-from ziphius.launchers.engines import engine_launcher
+from ziphius.launchers import engines
+from ziphius.launchers.engines import engine_launcher, native_in_foreground
 from ziphius.launchers.native_plan import NativeOutlook, plan_native
 from ziphius.planner.hardware import Host, parse_gpus, read_host
 
@@ -64,11 +65,28 @@ def test_what_is_not_here_yet_is_left_to_the_server(tmp_path: Path) -> None:
     assert plan_native(made, environment, force=False, probe=lambda: parse_gpus("H200")) == NativeOutlook()
 
 
+def test_serve_is_planned_like_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "probe_host", lambda: read_host(DATA / "host-2xh200.json"))
+    with pytest.raises(DoesNotFit, match="--force starts it all the same"):
+        native_in_foreground(asked(tmp_path, tp=2, device="cuda"), {}, force=False)
+    with pytest.raises(ConfigError, match="--image is for --engine sglang"):
+        native_in_foreground(asked(tmp_path, image="x.sif"), {}, force=False)
+    lite = asked(tmp_path, "deepseek-v2-lite", tp=2, device="cuda", cuda_graph_max_bs=8)
+    assert native_in_foreground(lite, {}, force=False).predicted_kv_tokens is not None
+
+
+def test_serve_on_a_later_machine_leaves_the_plan_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "probe_host", lambda: pytest.fail("it was probed"))
+    other = asked(tmp_path, tp=2, nnodes=2, node_rank=1, dist_init_addr="127.0.0.1:1")
+    assert native_in_foreground(other, {}, force=False) == NativeOutlook()
+
+
 def test_a_busy_first_gpu_is_left_out(tmp_path: Path) -> None:
     first, *others = parse_gpus("4xH200").gpus
     host = Host(gpus=(replace(first, memory_free_mib=1000), *others))
     made = asked(tmp_path, "deepseek-v2-lite", tp=2, device="cuda")
     assert planned(made, host).gpus == (1, 2)
+    assert planned(made, host).environment == {"CUDA_VISIBLE_DEVICES": "1,2", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     launch = engine_launcher(show_for=host)(made, {"CUDA_VISIBLE_DEVICES": "0,1,2,3"})
     assert (launch.env["CUDA_VISIBLE_DEVICES"], launch.env["CUDA_DEVICE_ORDER"]) == ("1,2", "PCI_BUS_ID")
     assert "GPU 1, 2" in launch.notes[1]

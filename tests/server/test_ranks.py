@@ -108,9 +108,11 @@ def test_a_short_stop_is_survived_and_an_orderly_end_leaves_nothing(start: Start
         (("--tp", "2", "--nnodes", "2"), 2, ("--dist-init-addr",)),
         (("--tp", "3", "--nnodes", "2", "--dist-init-addr", "127.0.0.1:1"), 2, ("3 = 2 x 1 + 1",)),
         (("--tp", "0"), 2, ("at least 1",)),
+        (("--deterministic",), 2, ("deterministic is for a GPU",)),
+        (("--image", "x.sif"), 2, ("--image is for --engine sglang",)),
     ],
 )
-def test_sizes_that_cannot_be_are_refused_before_any_rank_starts(
+def test_what_cannot_be_is_refused_before_any_rank_starts(
     start: Start, options: tuple[str, ...], code: int, words: tuple[str, ...]
 ) -> None:
     server = start(*options)

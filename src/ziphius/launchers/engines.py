@@ -12,13 +12,13 @@ from ziphius.config import Resolved
 from ziphius.errors import ConfigError
 from ziphius.launchers import native, sglang
 from ziphius.launchers.launcher import Launch, Launcher
-from ziphius.launchers.native_plan import plan_native
+from ziphius.launchers.native_plan import NativeOutlook, plan_native
 from ziphius.launchers.sglang_plan import Outlook, plan_start
 from ziphius.planner.abilities import OF_SGLANG_ONLY
 from ziphius.planner.hardware import Host
 from ziphius.planner.probe import probe_host
 
-_OF_SGLANG = ("runtime", "python", "image", "engine_args", "cache_dir", "cuda_graph_max_bs")
+_OF_SGLANG = ("runtime", "python", "image", "engine_args", "cache_dir")
 
 
 def engine_launcher(*, force: bool = False, show_for: Host | None = None) -> Launcher:
@@ -45,16 +45,23 @@ def _native(resolved: Resolved, env: Mapping[str, str], force: bool, show_for: H
         outlook = plan_native(resolved, env, force=force, probe=probe_host)
     else:  # another machine's torch is taken to be one for its GPUs
         outlook = plan_native(resolved, env, force=force, probe=lambda: show_for, torch_cuda=True)
-    visible = {}
-    if outlook.gpus:
-        # The driver numbers GPUs by their place on the bus; CUDA does so only when told.
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, outlook.gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     return replace(
         launch,
-        env={**launch.env, **visible},
+        env={**launch.env, **outlook.environment},
         predicted_kv_tokens=outlook.predicted_kv_tokens,
         notes=outlook.notes,
     )
+
+
+def native_in_foreground(resolved: Resolved, env: Mapping[str, str], *, force: bool) -> NativeOutlook:
+    """What `start` makes sure of before it launches the native engine, for who runs it without a launch.
+
+    The machines after the first leave it to that one.
+    """
+    refuse_other_engines_options(resolved)
+    if resolved.config.node_rank > 0:
+        return NativeOutlook()
+    return plan_native(resolved, env, force=force, probe=probe_host)
 
 
 def refuse_other_engines_options(resolved: Resolved) -> None:

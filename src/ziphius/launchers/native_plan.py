@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ziphius.config import Resolved
+from ziphius.engine.ranks import rank_layout
 from ziphius.errors import ConfigError, DoesNotFit, DownloadError, ModelError, ModelNotFound
 from ziphius.planner.check import check_start
 from ziphius.planner.find_model import find_model
@@ -22,6 +23,14 @@ class NativeOutlook:
     gpus: tuple[int, ...] = ()
     """The GPUs to use, by the driver's numbers, where they are not the first ones of this machine."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes an engine use `gpus`."""
+        if not self.gpus:
+            return {}
+        # The driver numbers GPUs by their place on the bus; CUDA does so only when told.
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def plan_native(
@@ -41,6 +50,7 @@ def plan_native(
     `torch_cuda`: see check_start.
     """
     config = resolved.config
+    rank_layout(config)  # what contradicts itself needs no machine to be refused, nor does force help it
     host = probe()
     try:
         source = find_model(config.model, env, config.revision)
