@@ -1,6 +1,6 @@
 """Load generator for any OpenAI-compatible server: measures what a client sees; it starts and tunes nothing.
 
-    pip install aiohttp
+    pip install -e '.[bench]'
     python benchmarks/serving.py --url http://127.0.0.1:30000 --concurrency 1 8 16 --prompt-tokens 41
 
 aiohttp because it shares cores with what it measures: httpx in its place took 20% of 16 streams on two cores.
@@ -33,7 +33,7 @@ from pathlib import Path
 try:
     import aiohttp
 except ImportError:
-    raise SystemExit("this needs aiohttp: pip install aiohttp") from None
+    raise SystemExit("this needs aiohttp: pip install -e '.[bench]'") from None
 
 WORDS = (  # noqa: SIM905
     "time year people way day man thing woman life child world school state family student group country problem "
