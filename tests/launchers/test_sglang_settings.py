@@ -70,6 +70,14 @@ def test_each_option_has_its_flag() -> None:
     assert "--disable-radix-cache" in words
 
 
+def test_switches_are_told_only_when_they_are_thrown() -> None:
+    words = made(cuda_graphs=False, deterministic=True)
+    assert words.count("--disable-cuda-graph") == 1
+    assert words.count("--enable-deterministic-inference") == 1
+    usual = made(cuda_graphs=True, deterministic=False)
+    assert not {"--disable-cuda-graph", "--enable-deterministic-inference"} & set(usual)
+
+
 def test_the_plan_decides_the_fraction_unless_it_was_given() -> None:
     planned = Planned(mem_fraction=0.9, trust_remote_code=True)
     assert value(made(planned), "--mem-fraction-static") == "0.9"
@@ -114,6 +122,8 @@ def test_what_stands_after_the_dashes_comes_last_and_as_it_is() -> None:
         ("--api-key x", "--api-key"),
         ("--model x", "--model"),
         ("--disable-radix-cache", "--no-prefix-cache"),
+        ("--disable-cuda-graph", "--no-cuda-graphs"),
+        ("--enable-deterministic-inference", "--deterministic"),
         ("--cuda-graph-max-bs-decode 3", "--cuda-graph-max-bs"),
         ("--node-rank 1", "--node-rank"),
         ("--nccl-init-addr a:1", "--dist-init-addr"),

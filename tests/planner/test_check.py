@@ -53,6 +53,19 @@ def test_formats_on_a_gpu() -> None:
     assert formats_of(ServeConfig(dtype="float16"), "cuda") == ("float16", "fp16")
 
 
+def test_what_only_a_gpu_can_is_refused_on_a_cpu(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
+    lite = source(v2_lite)
+    for device in ("cpu", "auto"):
+        config = ServeConfig(deterministic=True, device=device)
+        with pytest.raises(ConfigError, match=r"^deterministic is for a GPU") as planned:
+            check_start(config, lite, host("1xh200"), torch_cuda=False)
+        assert planned.value.param == "deterministic"
+    with pytest.raises(ConfigError, match=r"^deterministic is for a GPU") as resolved:
+        resolve_precision(ServeConfig(deterministic=True, device="cpu"))
+    assert resolved.value.param == "deterministic"
+    assert check_start(ServeConfig(deterministic=True), lite, host("1xh200"), torch_cuda=True).shown is not None
+
+
 def test_what_does_not_fit_is_refused_with_numbers_and_changes(
     v25: ModelConfig, source: MakeSource, host: GetHost
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 from ziphius.models.config import ModelConfig
 from ziphius.planner.memory import (
     GIB,
+    BatchLimits,
     activation_bytes,
     gib,
     kv_bytes_per_token,
@@ -14,6 +15,13 @@ from ziphius.planner.memory import (
     parameter_count,
     weight_bytes,
 )
+
+
+def test_a_step_takes_what_suits_the_device_unless_told_otherwise() -> None:
+    assert BatchLimits.of("cpu", None, None) == BatchLimits(requests=32, prompt_tokens=512)
+    assert BatchLimits.of("cuda", None, None) == BatchLimits(requests=128, prompt_tokens=8192)
+    assert BatchLimits.of("cuda", 7, None) == BatchLimits(requests=7, prompt_tokens=8192)
+    assert BatchLimits.of("cpu", None, 100) == BatchLimits(requests=32, prompt_tokens=100)
 
 
 def test_parameters_of_the_published_models(v25: ModelConfig, v2_lite: ModelConfig, llama3_8b: ModelConfig) -> None:
