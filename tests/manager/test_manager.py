@@ -119,13 +119,15 @@ class TestStart:
         with pytest.raises(ConfigError, match=r"name .*must"):
             bench.manager().start(bench.resolved(name=name), quiet)
 
-    def test_a_relative_model_folder_is_kept_absolute(
+    def test_relative_paths_are_kept_absolute(
         self, bench: Bench, quiet: Quiet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "weights").mkdir()
+        (tmp_path / "mine.jinja").touch()
         monkeypatch.chdir(tmp_path)
-        bench.manager().start(bench.resolved(model="weights"), quiet)
-        assert bench.record().resolved.config.model == str(tmp_path / "weights")
+        bench.manager().start(bench.resolved(model="weights", chat_template="mine.jinja"), quiet)
+        kept = bench.record().resolved.config
+        assert (kept.model, kept.chat_template) == (str(tmp_path / "weights"), str(tmp_path / "mine.jinja"))
 
 
 class TestStartFails:

@@ -90,7 +90,7 @@ class Manager:
         AlreadyRunning, PortInUse, StartFailed (its message is the reason) or another InstanceError: then
         nothing that this call started is left running. The same holds when the wait is interrupted.
         """
-        resolved = _with_absolute_model(resolved)
+        resolved = _with_absolute_paths(resolved)
         name = resolved.config.name
         with self._instances.lock(name, "start"):
             status = self.status(name)
@@ -115,7 +115,7 @@ class Manager:
             record = self._instances.read(name)
             if record is None:
                 raise InstanceError(f"no instance {name} was ever started here; use start")
-            resolved = _with_absolute_model(override(record.resolved, flags))
+            resolved = _with_absolute_paths(override(record.resolved, flags))
             self._stop(name, None, on_wait)
             child, record = self._launch(resolved)
         self._wait_until_healthy(child, record, on_progress)
@@ -297,14 +297,12 @@ def _said(answer: Answer) -> str:
     return f": {answer.problem}" if answer.problem else ""
 
 
-def _with_absolute_model(resolved: Resolved) -> Resolved:
-    """A folder given relative to here must still be found by a restart from elsewhere."""
-    from ziphius.models.pull import fetchable_models  # here: `status` does without it
+def _with_absolute_paths(resolved: Resolved) -> Resolved:
+    """What was given relative to here must still be found by a restart from elsewhere: the model too, if it is here."""
+    from ziphius.launchers.engines import with_absolute_paths  # here: `status` does without these
+    from ziphius.models.pull import fetchable_models
 
-    if resolved.config.engine != "native":
-        from ziphius.launchers.engines import with_absolute_paths
-
-        resolved = with_absolute_paths(resolved)
+    resolved = with_absolute_paths(resolved)
     model = resolved.config.model
     if model not in fetchable_models() and os.path.exists(model):
         return replace(resolved, config=replace(resolved.config, model=os.path.abspath(model)))
