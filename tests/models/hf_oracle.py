@@ -72,11 +72,18 @@ def make_tiny(folder: Path, settings: dict[str, Any]) -> Tiny:
 
 
 class Session:
-    """A model with a pool whose pages are dealt out in random order."""
+    """A model on `device` with a pool of `dtype` whose pages are dealt out in random order."""
 
-    def __init__(self, model: CausalLM, page_size: int = 4, backend: AttentionBackend | None = None) -> None:
-        self.model, self.page_size = model, page_size
-        self.pool = KVPool(model.config, POOL_PAGES, page_size, torch.float32, CPU, SINGLE)
+    def __init__(
+        self,
+        model: CausalLM,
+        page_size: int = 4,
+        backend: AttentionBackend | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
+        self.model, self.page_size, self.device = model, page_size, device
+        self.pool = KVPool(model.config, POOL_PAGES, page_size, dtype, device, SINGLE)
         self.backend = backend or TorchBackend()
         self.free = list(range(POOL_PAGES))
         random.Random(7).shuffle(self.free)
@@ -84,7 +91,10 @@ class Session:
         self.lengths: dict[str, int] = {}
 
     def step(self, *parts: tuple[str, list[int]]) -> dict[str, Tensor]:
-        """(sequence, its next tokens), those with one token on a cached sequence first -> logits of every token."""
+        """(sequence, its next tokens), those with one token on a cached sequence first -> every token's logits.
+
+        They come to the CPU.
+        """
         starts, slots, positions, lens = [0], [], [], []
         decodes = 0
         for name, ids in parts:
@@ -104,20 +114,20 @@ class Session:
             table[row, : len(self.pages[name])] = torch.tensor(self.pages[name], dtype=torch.int32)
         tokens = [t for _, ids in parts for t in ids]
         batch = ForwardBatch(
-            input_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
+            input_ids=torch.tensor(tokens, device=self.device),
+            positions=torch.tensor(positions, device=self.device),
+            slots=torch.tensor(slots, device=self.device),
             num_decodes=decodes,
             query_starts=starts,
             seq_lens=lens,
-            seq_lens_device=torch.tensor(lens, dtype=torch.int32),
-            page_table=table,
+            seq_lens_device=torch.tensor(lens, dtype=torch.int32, device=self.device),
+            page_table=table.to(self.device),
             page_size=self.page_size,
             sample_indices=torch.arange(len(tokens)),
         )
         with torch.inference_mode():
             self.backend.prepare(batch)
-            logits = self.model.logits(self.model.forward(batch, self.pool, self.backend))
+            logits = self.model.logits(self.model.forward(batch, self.pool, self.backend)).cpu()
         return {name: logits[starts[i] : starts[i + 1]] for i, (name, _) in enumerate(parts)}
 
     def run(self, name: str, ids: list[int], chunks: Iterable[int]) -> Tensor:

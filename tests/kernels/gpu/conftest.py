@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+# Helpers lie beside this file, and transformers as the oracle beside the models' tests.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "models")]
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, Triton's own too: before triton is imported.

@@ -1,0 +1,100 @@
+"""The real engine, scheduler and runner over the GPU kernels; its graphs are real where there is a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ziphius.attention.cuda import CudaBackend
+from ziphius.distributed import SINGLE
+from ziphius.engine.channel import MemoryChannel
+from ziphius.engine.cuda_graph import DecodeGraphs
+from ziphius.engine.engine import Engine
+from ziphius.engine.model_runner import ModelRunner
+from ziphius.engine.row_table import RowTable
+from ziphius.engine.sampler import Sampler
+from ziphius.kv_cache.kv_pool import KVPool
+from ziphius.messages import AddRequest, StepOutput
+from ziphius.models.causal_lm import CausalLM
+from ziphius.scheduler.scheduler import Scheduler
+
+PAGE, CONTEXT = 4, 60
+
+
+class UncapturedGraphs(DecodeGraphs):
+    """What a graph would replay, done anew each time."""
+
+    def capture(self, sizes: Sequence[int], on_progress: object = None) -> None:
+        self._sizes = sorted(sizes)
+
+    def _launch(self, size: int) -> tuple[Tensor, Tensor]:
+        batch = self._batch(size)
+        self._attention.prepare(batch)
+        return self._step(batch)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an engine is to run; none of it may change an answer."""
+
+    pages: int = 40
+    rows: int = 3
+    chunk: int = 64
+    reserved_tokens: int = 16
+    """Of each request's answer, when it is decided whether it may start."""
+    prefix_cache: bool = False
+    graph_sizes: tuple[int, ...] = ()
+
+
+@dataclass
+class Answer:
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    cached_tokens: int = 0
+    preemptions: int = 0
+
+
+def answers(
+    model: CausalLM,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_invariant: bool,
+    settings: Settings,
+    *waves: Iterable[AddRequest],
+) -> dict[str, Answer]:
+    """Each wave of requests comes when the one before has been answered."""
+    pool = KVPool(model.config, settings.pages, PAGE, dtype, device, SINGLE)
+    table = RowTable(settings.rows + 1, CONTEXT // PAGE + 1, PAGE, device)
+    attention = CudaBackend(device, batch_invariant)
+    graphs = None
+    if settings.graph_sizes:
+        make = DecodeGraphs if device.type == "cuda" else UncapturedGraphs
+        largest = max(settings.graph_sizes)
+        graphs = make(model, pool, attention, table.last_token, CONTEXT // PAGE + 1, largest)
+        graphs.capture(settings.graph_sizes)
+    sampler = Sampler(settings.rows + 1, model.config.vocab_size, (), device)
+    runner = ModelRunner(model, pool, attention, table, sampler, SINGLE, graphs)
+    scheduler = Scheduler(
+        num_pages=settings.pages, page_size=PAGE, max_running_requests=settings.rows,
+        chunked_prefill_size=settings.chunk, context_length=CONTEXT, eos_token_ids=(),
+        prefix_cache=settings.prefix_cache, reserved_tokens=settings.reserved_tokens,
+    )  # fmt: skip
+    channel = MemoryChannel()
+    engine = Engine(scheduler, runner, channel, overlap=True)
+    told: dict[str, Answer] = {}
+    for wave in waves:
+        channel.to_engine.extend(wave)
+        engine.turn()
+        while not engine.idle:
+            engine.turn()
+    scheduler.check_pages()
+    for message in channel.from_engine:
+        for output in message.outputs if isinstance(message, StepOutput) else ():
+            answer = told.setdefault(output.rid, Answer())
+            answer.token_ids += output.token_ids
+            answer.logprobs += [one.logprob for one in output.logprobs]
+            answer.cached_tokens, answer.preemptions = output.cached_tokens, output.preemptions
+    return told
