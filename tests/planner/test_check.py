@@ -66,6 +66,15 @@ def test_what_only_a_gpu_can_is_refused_on_a_cpu(v2_lite: ModelConfig, source: M
     assert check_start(ServeConfig(deterministic=True), lite, host("1xh200"), torch_cuda=True).shown is not None
 
 
+@pytest.mark.parametrize("options", [{"weights_format": "int8"}, {"dtype": "float32", "weights_format": "bf16"}])
+def test_deterministic_needs_weights_in_the_dtype(
+    v2_lite: ModelConfig, source: MakeSource, host: GetHost, options: dict[str, str]
+) -> None:
+    config = ServeConfig(deterministic=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"weights_format {options['weights_format']} beside dtype"):
+        check_start(config, source(v2_lite), host("1xh200"), torch_cuda=True)
+
+
 def test_what_does_not_fit_is_refused_with_numbers_and_changes(
     v25: ModelConfig, source: MakeSource, host: GetHost
 ) -> None:

@@ -10,9 +10,9 @@ import torch
 from ziphius.config import ServeConfig
 from ziphius.errors import ConfigError
 from ziphius.planner.memory import WeightsFormat
+from ziphius.planner.validity import format_of_dtype, require_deterministic
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_FORMAT_OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Precision:
 
 
 def resolve_precision(config: ServeConfig) -> Precision:
-    """`auto` made definite. ConfigError for a GPU that is not there, or --deterministic without one.
+    """`auto` made definite. ConfigError for a GPU that is not there, or --deterministic where it cannot be kept.
 
     On a CPU dtype is float32, and weights are int8 only where neither was asked for: whoever names a dtype
     gets weights in it. On a GPU dtype is bfloat16 and weights are held in dtype.
@@ -43,10 +43,11 @@ def resolve_precision(config: ServeConfig) -> Precision:
     weights_format = config.weights_format
     if weights_format == "auto":
         int8 = device.type == "cpu" and config.dtype == "auto"
-        weights_format = "int8" if int8 else _FORMAT_OF_DTYPE[dtype_name]
-    if config.deterministic and device.type != "cuda":
-        raise ConfigError("deterministic is for a GPU, and this runs on a CPU", param="deterministic")
-    return Precision(device, dtype_name, cast(WeightsFormat, weights_format), config.deterministic)
+        weights_format = "int8" if int8 else format_of_dtype(dtype_name)
+    held = cast(WeightsFormat, weights_format)
+    if config.deterministic:
+        require_deterministic(device.type, dtype_name, held)
+    return Precision(device, dtype_name, held, config.deterministic)
 
 
 def _device(name: str) -> torch.device:

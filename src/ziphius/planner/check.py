@@ -12,9 +12,7 @@ from ziphius.planner.memory import WeightsFormat
 from ziphius.planner.plan import Candidate, Device, Plan, PlanRequest
 from ziphius.planner.planner import FORMATS, build_plan
 from ziphius.planner.software import torch_build
-from ziphius.planner.validity import Engine, require_tp
-
-_FORMAT_OF_DTYPE: dict[str, WeightsFormat] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+from ziphius.planner.validity import Engine, format_of_dtype, require_deterministic, require_tp
 
 
 def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_cuda: bool | None = None) -> Plan:
@@ -30,8 +28,10 @@ def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_c
         why = f": {host.gpu_error}" if host.gpu_error else ""
         raise ConfigError(f"device is cuda, but there is no GPU here{why}; use --device cpu", param="device")
     request = request_of(config, host, source, torch_cuda)
-    if config.deterministic and request.device == "cpu" and config.engine == "native":
-        raise ConfigError("deterministic is for a GPU, and this would run on a CPU", param="deterministic")
+    if config.deterministic and config.engine == "native":
+        device = request.device or "cpu"
+        dtype, weights_format = formats_of(config, device)
+        require_deterministic(device, dtype, weights_format)
     require_tp(source.config, config.tp, request.weights_format or "bf16", request.engine or "native")
     plan = build_plan(source, times(host, config.nnodes), request)
     if plan.recommendation is None:
@@ -84,7 +84,7 @@ def formats_of(config: ServeConfig, device: Device) -> tuple[str, WeightsFormat]
         return dtype, cast(WeightsFormat, config.weights_format)
     if device == "cpu" and config.dtype == "auto":
         return dtype, FORMATS["cpu"][0]
-    return dtype, _FORMAT_OF_DTYPE[dtype]
+    return dtype, format_of_dtype(dtype)
 
 
 def refusal(plan: Plan) -> str:

@@ -16,6 +16,26 @@ SGLANG_VOCAB_PADDING = 64
 LARGEST_TP = 128
 
 
+_FORMAT_OF_DTYPE: dict[str, WeightsFormat] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def format_of_dtype(dtype: str) -> WeightsFormat:
+    """Weights held in the type of the activations."""
+    return _FORMAT_OF_DTYPE[dtype]
+
+
+def require_deterministic(device: str, dtype: str, weights_format: WeightsFormat) -> None:
+    """ConfigError where --deterministic cannot be kept: other products cut their sums by the batch."""
+    if device != "cuda":
+        raise ConfigError("deterministic is for a GPU, and this would run on a CPU", param="deterministic")
+    if weights_format != format_of_dtype(dtype):
+        raise ConfigError(
+            f"deterministic needs weights in the dtype: weights_format {weights_format} beside dtype {dtype} is "
+            f"multiplied in another way; leave weights_format at {format_of_dtype(dtype)}",
+            param="deterministic",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class TpFailure:
     """One dimension that a tensor-parallel size does not divide, or whose share breaks a quantization block."""
