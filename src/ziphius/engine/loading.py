@@ -186,9 +186,7 @@ def plan_pool(
         page_size=config.page_size,
         free_bytes=free_bytes,
         free_before_bytes=free_before_bytes,
-        reserve_bytes=cuda_reserve(
-            model, config.tp, batch_limits(config, precision.device), dtype=precision.dtype_name
-        ),
+        reserve_bytes=cuda_reserve(model, config.tp, batch, dtype=precision.dtype_name),
         mem_fraction=config.mem_fraction,
         max_total_tokens=config.max_total_tokens,
         ranks_on_host=config.tp // config.nnodes,
