@@ -115,12 +115,25 @@ def test_one_rank_alone_may_compute_for_long() -> None:
 
 def test_ranks_of_other_machines_count_for_getting_on_but_not_for_silence() -> None:
     watch = watch_of(beat(0), beat(1))
-    busy = (beat(0, 9, True), beat(1, 9, True))
-    watch.heard_of([beat(2, 8, True), beat(0, 99, True)])
-    assert watch.beats == [beat(0), beat(1)], "what others say of this machine's ranks does not count"
-    failure = wait(watch, 12, *busy)
+    busy, behind = (beat(0, 9, True), beat(1, 9, True)), beat(2, 8, True)
+    watch.heard_of([behind])
+    assert wait(watch, 100, *busy) is None, "whether rank 2 is too silent is for its own machine to say"
+    for _ in range(13):
+        watch.heard_of([behind])
+        failure = wait(watch, 1, *busy)
+        if failure is not None:
+            break
     assert failure is not None
     assert "rank 2 is behind the others, at collective 8 of 9" in failure.message
+
+
+def test_news_are_of_this_machines_ranks_that_have_beaten_since() -> None:
+    watch = watch_of(beat(0), beat(1))
+    watch.heard_of([beat(2, 8), beat(0, 99)])
+    assert watch.news() == [beat(0), beat(1)]
+    watch.heard(beat(1, 5))
+    assert watch.news() == [beat(1, 5)]
+    assert watch.news() == []
 
 
 def test_the_cause_is_told_and_not_its_consequence() -> None:

@@ -180,7 +180,7 @@ class _Node:
         loop, interval = asyncio.get_running_loop(), beat_interval(limit)
         before = loop.time()
         while True:
-            link.send(NodeBeat(beats=self._group.beats if self._group is not None else []))
+            link.send(NodeBeat(beats=self._group.news() if self._group is not None else []))
             await asyncio.sleep(interval)
             now = loop.time()
             self._silent_s += min(now - before, 2 * interval)

@@ -49,7 +49,7 @@ class NodeRefused(msgspec.Struct, tag=True, kw_only=True):
 
 
 class NodeBeat(msgspec.Struct, tag=True, kw_only=True):
-    """A node lives; `beats`: the last ones of its ranks."""
+    """A node lives; `beats`: the last one of each of its ranks that has beaten since the last message."""
 
     beats: list[Beat] = []
 

@@ -39,13 +39,12 @@ class RankGroup:
     def pids(self) -> list[int]:
         return [process.pid for process in self._ranks.values()]
 
-    @property
-    def beats(self) -> list[Beat]:
-        """The last one of each rank."""
-        return [] if self._watch is None else self._watch.beats
+    def news(self) -> list[Beat]:
+        """The last beat of each rank that has beaten since the last call."""
+        return [] if self._watch is None else self._watch.news()
 
     def heard_of(self, beats: Sequence[Beat]) -> None:
-        """What another machine heard of its ranks."""
+        """Another machine's news."""
         if self._watch is not None:
             self._watch.heard_of(beats)
 

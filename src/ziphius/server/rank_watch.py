@@ -24,22 +24,25 @@ class RankWatch:
         self._names = names
         self._timeout_s = timeout_s
         self._silent_s = dict.fromkeys(names, 0.0)
+        """Of every rank that is known, other machines' too."""
         self._still_s = 0.0
         self._beats: dict[int, Beat] = {}
+        self._untold: dict[int, Beat] = {}
 
-    @property
-    def beats(self) -> list[Beat]:
-        """The last one of each of this machine's ranks."""
-        return [beat for rank, beat in self._beats.items() if rank in self._names]
+    def news(self) -> list[Beat]:
+        """The last beat of each of this machine's ranks that has beaten since the last call: a silent one has none."""
+        news = list(self._untold.values())
+        self._untold.clear()
+        return news
 
     def heard(self, beat: Beat) -> None:
         """One of this machine's ranks lives."""
-        if beat.rank in self._silent_s:
-            self._silent_s[beat.rank] = 0.0
+        if beat.rank in self._names:
+            self._untold[beat.rank] = beat
             self._take(beat)
 
     def heard_of(self, beats: Iterable[Beat]) -> None:
-        """What another machine heard of its ranks; their silence is its matter."""
+        """Another machine's `news`; the silence of its ranks is its matter to judge."""
         for beat in beats:
             if beat.rank not in self._names:
                 self._take(beat)
@@ -51,13 +54,14 @@ class RankWatch:
         return self._silence() or self._standstill(seconds)
 
     def _take(self, beat: Beat) -> None:
+        self._silent_s[beat.rank] = 0.0
         last = self._beats.get(beat.rank)
         if last is None or (last.collectives, last.busy) != (beat.collectives, beat.busy):
             self._still_s = 0.0
         self._beats[beat.rank] = beat
 
     def _silence(self) -> Failure | None:
-        silent = [rank for rank, seconds in self._silent_s.items() if seconds > self._patience(rank)]
+        silent = [rank for rank in self._names if self._silent_s[rank] > self._patience(rank)]
         if not silent:
             return None
         who = " and ".join(self._names[rank] for rank in silent)
@@ -75,6 +79,7 @@ class RankWatch:
             self._still_s = 0.0
             return None
         self._still_s += seconds
+        # A rank that falls silent holds the others up: whoever judges its silence can say more.
         if self._still_s <= self._timeout_s or max(self._silent_s.values()) > 2 * beat_interval(self._timeout_s):
             return None
         entered = {beat.rank: beat.collectives for beat in beats}
