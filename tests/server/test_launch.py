@@ -284,7 +284,8 @@ def test_a_third_signal_ends_it_at_once(start, model):
     server.until_ready()
     engine = server.engine_pid()
     with server.http.stream("POST", "/generate", json={**ENDLESS, "stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: without it the connection closes
+        next(lines)
         os.kill(engine, signal.SIGSTOP)  # the server would wait for its end
         for said in ("stopping", "aborting"):
             server.signal(signal.SIGINT)

@@ -67,4 +67,4 @@ def test_generation_config(tmp_path: Path) -> None:
 
 
 def test_the_default_model_comes_with_its_cards_suggestion() -> None:
-    assert suggested_sampling(SMOLLM2.model_id) == SamplingDefaults(temperature=0.2, top_p=0.9)
+    assert suggested_sampling(SMOLLM2.model_id) == SamplingDefaults(temperature=0.1, top_p=0.9)

