@@ -6,6 +6,7 @@ on GPUs talk through NCCL with `nccl`, else through gloo, so that two of them ca
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import sys
@@ -25,6 +26,8 @@ from ziphius.engine.spec import WorkerSpec
 from ziphius.engine.team import join_team, select_device
 from ziphius.messages import AddRequest, RequestOutput, SamplingParams, StepOutput
 from ziphius.models.checkpoint import open_checkpoint
+
+_PATIENCE_S = 120
 
 
 def outputs(channel: MemoryChannel) -> Iterator[RequestOutput]:
@@ -73,6 +76,7 @@ def record_logits(loaded: LoadedRank) -> list[torch.Tensor]:
 
 
 def rank_main(spec: WorkerSpec, requests: list[dict[str, Any]], folder: str, nccl: bool) -> None:
+    faulthandler.dump_traceback_later(_PATIENCE_S - 10)  # where a rank hangs, if one does
     torch.set_num_threads(1)
     if nccl:
         select_device(spec)
@@ -90,6 +94,7 @@ def rank_main(spec: WorkerSpec, requests: list[dict[str, Any]], folder: str, ncc
             Path(folder, "told.json").write_text(json.dumps(told))
         else:
             loaded.make_follower().run()
+        loaded.leave()
         torch.save(torch.cat(seen).cpu(), Path(folder, f"logits-{spec.rank}.pt"))
 
 
@@ -105,7 +110,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(120)
+            rank.join(_PATIENCE_S)
         if any(rank.exitcode != 0 for rank in ranks):
             raise SystemExit(f"{job['config']}: {[rank.exitcode for rank in ranks]}")
         told: dict[str, Any] = json.loads(Path(folder, "told.json").read_text())

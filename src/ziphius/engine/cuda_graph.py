@@ -111,6 +111,19 @@ class DecodeGraphs:
         """`capture` for every batch up to the largest."""
         self.capture(graph_sizes(self._largest), on_progress)
 
+    def release(self) -> None:
+        """Destroy the graphs, once the last replay has ended; none is taken any more.
+
+        NCCL ends a communicator only when no graph that was captured with it is left, and waits for that for ever
+        (pytorch/pytorch#115388).
+        """
+        if self._graphs:
+            torch.cuda.synchronize(self._last_token.device)
+        for each in self._graphs.values():
+            each.graph.reset()
+        self._graphs.clear()
+        self._sizes = []
+
     def takes(self, count: int) -> bool:
         """Whether there is a graph for `count` rows."""
         return bool(self._sizes) and count <= self._sizes[-1]

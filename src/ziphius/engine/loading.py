@@ -101,6 +101,10 @@ class LoadedRank:
         """Ranks > 0: the loop that rank 0 drives."""
         return Follower(self.runner, self.team.receive)
 
+    def leave(self) -> None:
+        """Let go of what keeps the ranks' group from ending; after the last step, and inside `join_team`'s block."""
+        self.runner.release_graphs()
+
     def make_scheduler(self) -> Scheduler:
         return Scheduler(
             num_pages=self.num_pages,

@@ -128,6 +128,11 @@ class ModelRunner:
             start = end
         return StepHandle(plan.sample_rows, sampled, scored, on_cuda=hidden.is_cuda)
 
+    def release_graphs(self) -> None:
+        """Every later step runs operation by operation."""
+        if self._graphs is not None:
+            self._graphs.release()
+
     def _replay(self, graphs: DecodeGraphs, plan: DecodePlan) -> StepHandle:
         best = self._sampler.takes_best(plan.rows)
         output = graphs.replay(plan)

@@ -117,6 +117,7 @@ def _serve(spec: WorkerSpec, channel: EngineChannel | None, heart: Heartbeat | N
             _serving(heart, lambda: not engine.idle)
             channel.send(loaded.ready)
             engine.run()
+        loaded.leave()
 
 
 def _load(spec: WorkerSpec, report: _Reporter, team: Team) -> LoadedRank:

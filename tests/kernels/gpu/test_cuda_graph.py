@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_engine import Settings, answers
+from gpu_engine import Settings, UncapturedGraphs, answers
 from test_models import V2, V2_LITE
 
 from ziphius.distributed import SINGLE
@@ -55,3 +55,11 @@ def test_sizes() -> None:
     assert graph_sizes(1) == [1]
     assert graph_sizes(10) == [1, 2, 4, 8, 10]
     assert graph_sizes(48)[-2:] == [40, 48]
+
+
+def test_released_graphs_take_no_step(device: torch.device) -> None:
+    graphs = UncapturedGraphs(None, None, None, torch.zeros(5, dtype=torch.int64, device=device), 4, 4)  # type: ignore[arg-type]
+    graphs.capture([1, 4])
+    assert graphs.takes(3)
+    graphs.release()
+    assert not graphs.takes(1)
