@@ -16,7 +16,7 @@ MODULES = {".".join(path.relative_to(SRC).with_suffix("").parts): path for path 
 
 # Imports go only to one's own level or to an earlier one. A name covers what is below it; the longest fits.
 LEVELS = (
-    ("errors", "log", "config", "messages", "paths"),
+    ("errors", "log", "config", "messages", "paths", "version"),
     (
         *("ipc", "distributed", "tokenizer", "models.config", "models.checkpoint", "models.gguf", "models.pull"),
         *("models.hub", "models.rate", "models.sampling_defaults", "models.weight_source"),

@@ -28,6 +28,7 @@ from ziphius.cli_options import (
     with_engine_arguments,
 )
 from ziphius.errors import InstanceError, StartFailed, ZiphiusError
+from ziphius.version import package_version
 
 if TYPE_CHECKING:
     from ziphius.config import Resolved
@@ -327,9 +328,7 @@ cli_image.register(app)
 @app.command()
 def version() -> None:
     """Print the version."""
-    import importlib.metadata
-
-    print(importlib.metadata.version("ziphius"))
+    print(package_version())
 
 
 @contextlib.contextmanager

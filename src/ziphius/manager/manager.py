@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from ziphius.manager.instance import Instances, Record, State
 from ziphius.manager.status import Status, observe
 from ziphius.manager.watch import Watch, WatchOf, watch_of
 from ziphius.messages import LoadProgress
+from ziphius.version import package_version
 
 _POLL_S = 0.2
 _ASK_TIMEOUT_S = 2.0
@@ -167,7 +167,7 @@ class Manager:
                 hostname=socket.gethostname(),
                 argv=launch.argv,
                 started_at=time.time(),
-                version=importlib.metadata.version("ziphius"),
+                version=package_version(),
                 cleanup=launch.cleanup,
                 predicted_kv_tokens=launch.predicted_kv_tokens,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import socket
 import time
 import uuid
@@ -17,6 +16,7 @@ from ziphius.manager import logs, slurm_jobs
 from ziphius.manager.instance import Instances, Record
 from ziphius.manager.status import Status, observe
 from ziphius.manager.watch import watch_of
+from ziphius.version import package_version
 
 
 class SlurmInstances:
@@ -50,7 +50,7 @@ class SlurmInstances:
                 hostname=socket.gethostname(),
                 argv=(),
                 started_at=time.time(),
-                version=importlib.metadata.version("ziphius"),
+                version=package_version(),
                 job=job,
             )
             try:

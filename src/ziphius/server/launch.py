@@ -41,9 +41,10 @@ from ziphius.server.node import serve_node
 from ziphius.server.private_folder import private_folder
 from ziphius.server.progress_log import ProgressLog
 from ziphius.server.ranks import Ranks, check_tp
-from ziphius.server.service import Service, package_version
+from ziphius.server.service import Service
 from ziphius.server.workers import kill_children
 from ziphius.tokenizer.tokenizer import Tokenizer
+from ziphius.version import package_version
 
 logger = logging.getLogger(__name__)
 

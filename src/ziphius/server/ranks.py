@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ziphius.server.failures import Failure, Failures
 from ziphius.server.node_hub import NodeHub
 from ziphius.server.node_link import NodeHello, model_digest
 from ziphius.server.rank_group import RankGroup
+from ziphius.version import package_version
 
 
 class Ranks:
@@ -77,7 +77,7 @@ def hello_of(config: ServeConfig, checkpoint: Checkpoint) -> NodeHello:
         node_rank=config.node_rank,
         nnodes=config.nnodes,
         tp=config.tp,
-        version=importlib.metadata.version("ziphius"),
+        version=package_version(),
         model=model_digest(checkpoint.config),
     )
 

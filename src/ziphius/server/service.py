@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Literal
 
 import msgspec
@@ -16,6 +15,7 @@ from ziphius.server.engine_client import EngineClient
 from ziphius.server.metrics import Exposition, Metrics
 from ziphius.server.model import ServedModel
 from ziphius.server.sampling import ModelLimits
+from ziphius.version import package_version
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -53,7 +53,7 @@ class Service:
     failure: ZiphiusError | None = None
     engine_pids: list[int] = field(default_factory=list)
     started_at: float = field(default_factory=time.monotonic)
-    version: str = field(default_factory=lambda: package_version())
+    version: str = field(default_factory=package_version)
     write_timeout_s: float = 60.0
     """A client that takes nothing for so long is given up."""
 
@@ -118,11 +118,3 @@ class Service:
         progress = self.progress
         percent = f" {100 * progress.done // progress.total}%" if progress.total else ""
         return NotReady(f"The model is not ready yet: {progress.phase}{percent}.")
-
-
-def package_version() -> str:
-    """Of the installed package; `unknown` in a tree that is not installed."""
-    try:
-        return metadata.version("ziphius")
-    except metadata.PackageNotFoundError:
-        return "unknown"
