@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from ziphius.distributed import SINGLE, ParallelState
+from ziphius import distributed
+from ziphius.distributed import SINGLE, ParallelState, PeerSums
 from ziphius.errors import ConfigError
 
 RANK = """
@@ -71,3 +73,44 @@ def test_shares() -> None:
     assert [ParallelState(0, size).shard_kv_heads(4) for size in (1, 2, 4, 8, 16)] == [4, 2, 1, 1, 1]
     with pytest.raises(ConfigError, match="num_key_value_heads"):
         ParallelState(0, 6).shard_kv_heads(4)
+
+
+class DoubledSums(PeerSums):
+    """As if another rank had the same tensor."""
+
+    def __init__(self, any_size: bool) -> None:
+        self._any_size = any_size
+        self.sizes: list[int] = []
+
+    def _sum(self, x: Tensor) -> Tensor:
+        self.sizes.append(x.nbytes)
+        return 2 * x
+
+
+def test_only_small_sums_go_through_shared_memory_unless_no_sum_may_know_its_size() -> None:
+    small, large = torch.ones(3, 8), torch.arange(300_000.0).view(3, 100_000)
+    usual, fixed = DoubledSums(False), DoubledSums(True)
+    assert usual.takes(small)
+    assert not usual.takes(large)
+    assert not usual.takes(small.half())
+    for x in (small, large, small.half()):
+        assert fixed.takes(x)
+        total = fixed.sum(x)
+        assert total.dtype == x.dtype
+        assert torch.equal(total, 2 * x)
+    assert fixed.sizes == [96, 512 << 10, 512 << 10, 1_200_000 - (1024 << 10), 96]
+
+
+@pytest.mark.parametrize(("here", "there"), [(True, True), (True, False), (False, True)])
+def test_all_ranks_share_memory_or_none(here: bool, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = DoubledSums(False)
+
+    def make(device: torch.device, any_size: bool) -> PeerSums:
+        if not here:
+            raise RuntimeError("CUDA driver error: invalid argument")
+        return made
+
+    monkeypatch.setattr(distributed, "PeerSums", make)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda able, op: able.mul_(int(there)))
+    peers = distributed._peer_sums(torch.device("cpu"), any_size=False)
+    assert peers is (made if here and there else None)

@@ -40,19 +40,34 @@ class PeerSums:
 
     _DTYPES = (torch.float32, torch.bfloat16)
 
-    def __init__(self, device: torch.device) -> None:
-        """Together with every other rank of the default group. RuntimeError where the GPUs cannot see each other."""
+    def __init__(self, device: torch.device, any_size: bool = False) -> None:
+        """Together with every other rank of the default group. RuntimeError where the GPUs cannot see each other.
+
+        `any_size`: every tensor, large ones a piece at a time. NCCL would be faster, but the order in which it adds
+        depends on the size.
+        """
         from torch.distributed import _symmetric_memory
 
         self._group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+        self._any_size = any_size
         self._buffer = _symmetric_memory.empty(_PEER_BYTES, dtype=torch.uint8, device=device)
         _symmetric_memory.rendezvous(self._buffer, self._group)
 
     def takes(self, x: Tensor) -> bool:
-        return x.nbytes <= _PEER_BYTES and x.nbytes % 16 == 0 and x.dtype in self._DTYPES and x.is_contiguous()
+        fits = self._any_size or (x.nbytes <= _PEER_BYTES and x.dtype in self._DTYPES)
+        return fits and x.nbytes % 16 == 0 and x.is_contiguous()
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x`, same shape, new memory."""
+        if x.dtype not in self._DTYPES:
+            return self.sum(x.float()).to(x.dtype)
+        if x.nbytes <= _PEER_BYTES:
+            return self._sum(x)
+        pieces = x.view(-1).split(_PEER_BYTES // x.element_size())  # type: ignore[no-untyped-call]
+        return torch.cat([self._sum(piece) for piece in pieces]).view(x.shape)
+
+    def _sum(self, x: Tensor) -> Tensor:
+        # The kernel waits for all ranks before it reads and again before it ends: the next sum may write at once.
         shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         total: Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(shared, x, "sum", self._group)
         return total
@@ -163,9 +178,12 @@ class Store(Protocol):
 
 
 @contextmanager
-def join(where: Rendezvous, rank: int, size: int, device: torch.device) -> Iterator[tuple[ParallelState, Store]]:
+def join(
+    where: Rendezvous, rank: int, size: int, device: torch.device, batch_invariant: bool = False
+) -> Iterator[tuple[ParallelState, Store]]:
     """Become rank `rank` of `size` while the block runs: (its collectives, a store that all ranks share).
 
+    `batch_invariant`: no sum may depend, bit for bit, on what else is in the tensor; ConfigError where that cannot be.
     Waits for the others. EngineFailed when they cannot be reached. A block that raises leaves the group as it is:
     taking leave would wait for ranks that may be gone, and the process is to end anyway.
     """
@@ -179,18 +197,31 @@ def join(where: Rendezvous, rank: int, size: int, device: torch.device) -> Itera
         )  # fmt: skip
     except RuntimeError as error:
         raise EngineFailed(f"rank {rank} could not join the other {size - 1}: {_first_line(error)}") from error
+    one_order = batch_invariant and size > 2  # Two numbers have one sum in any.
     # Ranks that meet in a file are on one machine.
-    peers = _peer_sums(device) if device.type == "cuda" and size > 1 and where.path else None
+    peers = _peer_sums(device, one_order) if device.type == "cuda" and size > 1 and where.path else None
+    if one_order and peers is None:
+        raise ConfigError(
+            f"deterministic needs GPUs that share memory for {size} ranks: NCCL's sums depend on the batch",
+            param="deterministic",
+        )
     yield ParallelState(rank, size, peers=peers), store
     dist.destroy_process_group()
 
 
-def _peer_sums(device: torch.device) -> PeerSums | None:
+def _peer_sums(device: torch.device, any_size: bool) -> PeerSums | None:
+    """None on every rank if on any: ranks that add in different ways would wait for each other for ever."""
+    peers, reason = None, "another rank's cannot be reached"
     try:
-        return PeerSums(device)
+        peers = PeerSums(device, any_size)
     except (RuntimeError, AttributeError, ImportError) as error:
-        _log.warning("small sums go over NCCL, as the GPUs share no memory: %s", _first_line(error))
-        return None
+        reason = _first_line(error)
+    able = torch.tensor([peers is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(able, op=dist.ReduceOp.MIN)
+    if able.item():
+        return peers
+    _log.warning("small sums go over NCCL, as the GPUs share no memory: %s", reason)
+    return None
 
 
 def _store(where: Rendezvous, rank: int, size: int) -> Any:

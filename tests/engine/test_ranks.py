@@ -85,8 +85,9 @@ def test_rendezvous() -> None:
 def test_the_environment_keeps_what_the_user_has_set() -> None:
     assert rank_environment(ServeConfig(), {}) == {}
     added = rank_environment(ServeConfig(tp=2), {})
-    assert added == {"GLOO_SOCKET_IFNAME": interface_of("127.0.0.1"), "NCCL_NVLS_ENABLE": "0"}
-    assert rank_environment(ServeConfig(tp=2), {"GLOO_SOCKET_IFNAME": "eth9", "NCCL_NVLS_ENABLE": "1"}) == {}
+    no_multicast = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+    assert added == {"GLOO_SOCKET_IFNAME": interface_of("127.0.0.1"), **no_multicast}
+    assert rank_environment(ServeConfig(tp=2), {**dict.fromkeys(no_multicast, "x"), "GLOO_SOCKET_IFNAME": "eth9"}) == {}
     config = ServeConfig(tp=2, nnodes=2, dist_init_addr="127.0.0.1:5000")
     assert rank_environment(config, {})["NCCL_SOCKET_IFNAME"] == interface_of("127.0.0.1")
 

@@ -103,12 +103,13 @@ def rank_environment(config: ServeConfig, environment: Mapping[str, str]) -> Map
     """What to add to the environment of ranks that talk to others; what the caller has set stays as it is.
 
     GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: the interface of the way to machine 0. gloo would look the host's own name
-    up, which leads nowhere on many machines. NCCL_NVLS_ENABLE 0: no NVLink multicast, which needs services on the host
-    that a container cannot count on.
+    up, which leads nowhere on many machines. NCCL_NVLS_ENABLE 0, TORCH_SYMM_MEM_DISABLE_MULTICAST 1: no NVLink
+    multicast, which needs services on the host that a container cannot count on. torch would set it up for memory that
+    ranks share, whether it is used or not, and fail where it cannot be (vllm-project/vllm#25937).
     """
     if config.tp == 1:
         return {}
-    wanted = {"NCCL_NVLS_ENABLE": "0"}
+    wanted = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
     if config.dist_init_addr is None:
         wanted["GLOO_SOCKET_IFNAME"] = interface_of(_LOOPBACK)
     else:

@@ -68,7 +68,8 @@ def join_team(spec: WorkerSpec, device: torch.device) -> Iterator[Team]:
     if size == 1:
         yield Team()
         return
-    with join(parse_rendezvous(spec.rendezvous, spec.store_fd), rank, size, device) as (parallel, store):
+    where = parse_rendezvous(spec.rendezvous, spec.store_fd)
+    with join(where, rank, size, device, spec.config.deterministic) as (parallel, store):
         team = Team(parallel, ranks_here, device, _missing=size - 1)
         try:
             if rank == 0:
