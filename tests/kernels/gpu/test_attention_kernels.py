@@ -15,12 +15,13 @@ NOPE, ROPE, LORA, VALUE = 16, 8, 32, 16
 LENGTHS = [1, 37, 70]
 
 
-def make_paged(device: torch.device) -> Paged:
-    table = torch.randperm(60)[: 3 * 20].view(3, 20).to(device, torch.int32)
+def make_paged(device: torch.device, page: int = PAGE) -> Paged:
+    most = 80 // page + 1
+    table = torch.randperm(3 * most).view(3, most).to(device, torch.int32)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     for row, length in enumerate(LENGTHS):
-        table[row, -(-length // PAGE) :] = 10**6
-    return Paged(table, lengths, PAGE)
+        table[row, -(-length // page) :] = 10**6
+    return Paged(table, lengths, page)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -32,7 +33,7 @@ def test_mla_decode(
 ) -> None:
     gpu, paged = Gpu.of(device, batch_invariant), make_paged(device)
     q = torch.randn(3, heads, LORA + ROPE, device=device).to(dtype)
-    cache = torch.randn(240, LORA + ROPE, device=device).to(dtype)
+    cache = torch.randn(252, LORA + ROPE, device=device).to(dtype)
     w_uv = torch.randn(heads, LORA, VALUE, device=device).to(dtype)
     poison_memory(device)
     parts = paged_decode.mla_parts(gpu, q, cache, paged, 0.2, plan)
@@ -47,12 +48,28 @@ def test_mla_decode(
     assert_close(combine.combine(gpu, parts, dtype), whole.to(dtype))
 
 
+@pytest.mark.parametrize("page", [1, 3, 16, 64])
+def test_pages_smaller_and_larger_than_a_round(device: torch.device, page: int) -> None:
+    """A round takes several pages, or a part of one, or, where neither divides the other, looks up each row."""
+    gpu, paged, plan = Gpu.of(device), make_paged(device, page), SplitPlan(2, 0)
+    q = torch.randn(3, 2, LORA + ROPE, device=device)
+    cache = torch.full((3 * (80 // page + 1) * page, LORA + ROPE), float("nan"), device=device)
+    for row, length in enumerate(LENGTHS):
+        position = torch.arange(length, device=device)
+        slots = paged.page_table[row, position // page] * page + position % page
+        cache[slots] = torch.randn(length, LORA + ROPE, device=device)
+    expected = combine.combine_torch(paged_decode.mla_parts_torch(q, cache, paged, 0.2, plan))
+    poison_memory(device)
+    actual = combine.combine(gpu, paged_decode.mla_parts(gpu, q, cache, paged, 0.2, plan), torch.float32)
+    assert_close(actual, expected)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 16), (4, 4, 24), (3, 1, 8)])
 @pytest.mark.parametrize("plan", [SplitPlan(1, 0), SplitPlan(4, 0)])
 def test_gqa_decode(device: torch.device, heads: int, kv_heads: int, dim: int, plan: SplitPlan) -> None:
     gpu, paged = Gpu.of(device), make_paged(device)
     q = torch.randn(3, heads + 2, dim, device=device)[:, :heads]
-    k, v = (torch.randn(240, kv_heads, dim, device=device) for _ in range(2))
+    k, v = (torch.randn(252, kv_heads, dim, device=device) for _ in range(2))
     poison_memory(device)
     parts = paged_decode.gqa_parts(gpu, q, k, v, paged, 0.2, plan)
     expected = combine.combine_torch(paged_decode.gqa_parts_torch(q, k, v, paged, 0.2, SplitPlan(1, 0)))

@@ -75,22 +75,113 @@ def _bounds(length, split, splits, chunk, BLOCK: tl.constexpr):
     return first, tl.minimum(first + tl.where(chunk == 0, even, chunk), length)
 
 
+@triton.jit
+def _pages(page_at, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Pages that hold tokens start, ... of a sequence: one if it holds all BLOCK, else as many as BLOCK takes up."""
+    if PAGE % BLOCK == 0:
+        pages = tl.load(page_at + start // PAGE, mask=start < end, other=0)
+    else:
+        EACH: tl.constexpr = PAGE if BLOCK % PAGE == 0 else 1
+        at = start + tl.arange(0, BLOCK // EACH) * EACH
+        pages = tl.load(page_at + at // PAGE, mask=at < end, other=0)
+    return pages
+
+
+@triton.jit
+def _slots(pages, start, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK]: where those tokens lie. A lookup for each row would cost more instructions than its products."""
+    j = tl.arange(0, BLOCK)
+    if PAGE % BLOCK == 0:
+        slots = pages.to(tl.int64) * PAGE + start % PAGE + j
+    elif BLOCK % PAGE == 0:
+        slots = tl.reshape(pages.to(tl.int64)[:, None] * PAGE + tl.arange(0, PAGE)[None, :], (BLOCK,))
+    else:
+        slots = pages.to(tl.int64) * PAGE + (start + j) % PAGE
+    return slots
+
+
+@triton.jit
+def _weigh(scores, seen, highest, weights, AXIS: tl.constexpr):
+    """A round's scores (log2), of which AXIS is the tokens' -> (weights, by what older sums fade, highest, weights).
+
+    `weights` are kept token by token: what they add up to is asked for once, after the last round.
+    """
+    scores = tl.where(tl.expand_dims(seen, 1 - AXIS), scores, float("-inf"))
+    higher = tl.maximum(highest, tl.max(scores, axis=AXIS))
+    faded = tl.expand_dims(tl.exp2(highest - higher), AXIS)
+    scores = tl.exp2(scores - tl.expand_dims(higher, AXIS))
+    return scores, faded, higher, weights * faded + scores
+
+
 @triton.jit(do_not_specialize=["splits", "chunk"])
 def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table, splits, chunk,
                 HEADS: tl.constexpr, LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr,
                 PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
-                KEYS_FIRST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                PDL: tl.constexpr):  # fmt: skip
     """Grid: tokens, head blocks, splits. A cache row is key and, but for its rotary part, value of every head.
 
-    KEYS_FIRST: cache rows are the tensor cores' first operand, so that few heads do not leave most of a tile empty;
-    scores are [BLOCK_KV, BLOCK_H] then, and the sums [LORA, BLOCK_H].
+    The latent is read as two halves, and a score is three sums: with few heads each is a chain of products in which
+    one waits for the other, and one chain would leave the tensor cores idle.
+    """
+    allow_next(PDL)
+    HALF: tl.constexpr = LORA // 2
+    t = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    c, r, j = tl.arange(0, HALF), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_KV)
+    wait_for_previous(PDL)
+    first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
+    part = (t * HEADS + h) * splits + split
+    if first >= end:
+        tl.store(logs + part, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=h < HEADS)
+    else:
+        q_at = q + (t * HEADS + tl.minimum(h, HEADS - 1))[:, None] * (LORA + ROPE)
+        q_low, q_high = tl.load(q_at + c[None, :]), tl.load(q_at + HALF + c[None, :])
+        q_pe = tl.load(q_at + LORA + r[None, :], mask=(r < ROPE)[None, :], other=0.0)
+        highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        weights = tl.zeros((BLOCK_H, BLOCK_KV), tl.float32)
+        low, high = tl.zeros((BLOCK_H, HALF), tl.float32), tl.zeros((BLOCK_H, HALF), tl.float32)
+        # Pages are looked up one round ahead: so the rows' addresses are there when their loads can be issued.
+        page_at = page_table + t * stride_table
+        pages = _pages(page_at, first, end, PAGE, BLOCK_KV)
+        for start in tl.range(first, end, BLOCK_KV, num_stages=STAGES):
+            seen = start + j < end
+            row = cache + _slots(pages, start, PAGE, BLOCK_KV)[:, None] * (LORA + ROPE)
+            pages = _pages(page_at, start + BLOCK_KV, end, PAGE, BLOCK_KV)
+            latent_low = tl.load(row + c[None, :], mask=seen[:, None], other=0.0)
+            latent_high = tl.load(row + HALF + c[None, :], mask=seen[:, None], other=0.0)
+            k_pe = tl.load(row + LORA + r[None, :], mask=seen[:, None] & (r < ROPE)[None, :], other=0.0)
+            # Scaled one by one: the compiler would make one chain of a bare sum of products.
+            scores = tl.dot(q_low, tl.trans(latent_low), input_precision="ieee") * scale
+            scores += tl.dot(q_high, tl.trans(latent_high), input_precision="ieee") * scale
+            scores += tl.dot(q_pe, tl.trans(k_pe), input_precision="ieee") * scale
+            scores, faded, highest, weights = _weigh(scores, seen, highest, weights, 1)
+            scores = scores.to(latent_low.dtype)
+            low = tl.dot(scores, latent_low, low * faded, input_precision="ieee")
+            high = tl.dot(scores, latent_high, high * faded, input_precision="ieee")
+        weight = tl.sum(weights, axis=1)
+        sum_at = sums + part[:, None] * LORA + c[None, :]
+        tl.store(sum_at, (low / weight[:, None]).to(sums.dtype.element_ty), mask=(h < HEADS)[:, None])
+        tl.store(sum_at + HALF, (high / weight[:, None]).to(sums.dtype.element_ty), mask=(h < HEADS)[:, None])
+        tl.store(logs + part, highest + tl.log2(weight), mask=h < HEADS)
+
+
+@triton.jit(do_not_specialize=["splits", "chunk"])
+def _mla_keys_first_kernel(
+    q, cache, page_table, seq_lens, sums, logs, scale, stride_table, splits, chunk, HEADS: tl.constexpr,
+    LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_KV: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_mla_kernel`, with cache rows as the tensor cores' first operand: few heads leave most of a tile empty then.
+
+    Scores are [BLOCK_KV, BLOCK_H], sums [LORA, BLOCK_H]. On Hopper these are products of whole warp groups, which
+    keep a chain of them busy but wait after each call: so there are few calls.
     """
     allow_next(PDL)
     t = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     c, r, j = tl.arange(0, LORA), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_KV)
-    KEYS: tl.constexpr = 0 if KEYS_FIRST else 1
     wait_for_previous(PDL)
     first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
     part = (t * HEADS + h) * splits + split
@@ -101,41 +192,22 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table,
         q_latent = tl.load(q_at + c[None, :])
         q_pe = tl.load(q_at + LORA + r[None, :], mask=(r < ROPE)[None, :], other=0.0)
         highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        weight = tl.zeros((BLOCK_H,), tl.float32)
-        if KEYS_FIRST:
-            acc = tl.zeros((LORA, BLOCK_H), tl.float32)
-        else:
-            acc = tl.zeros((BLOCK_H, LORA), tl.float32)
-        # Pages are looked up one round ahead: so the rows' addresses are there when their loads can be issued.
+        weights = tl.zeros((BLOCK_KV, BLOCK_H), tl.float32)
+        acc = tl.zeros((LORA, BLOCK_H), tl.float32)
         page_at = page_table + t * stride_table
-        page = tl.load(page_at + (first + j) // PAGE, mask=first + j < end, other=0)
+        pages = _pages(page_at, first, end, PAGE, BLOCK_KV)
         for start in tl.range(first, end, BLOCK_KV, num_stages=STAGES):
-            position = start + j
-            seen = position < end
-            row = cache + (page.to(tl.int64) * PAGE + position % PAGE)[:, None] * (LORA + ROPE)
-            page = tl.load(page_at + (position + BLOCK_KV) // PAGE, mask=position + BLOCK_KV < end, other=0)
+            seen = start + j < end
+            row = cache + _slots(pages, start, PAGE, BLOCK_KV)[:, None] * (LORA + ROPE)
+            pages = _pages(page_at, start + BLOCK_KV, end, PAGE, BLOCK_KV)
             latent = tl.load(row + c[None, :], mask=seen[:, None], other=0.0)
             k_pe = tl.load(row + LORA + r[None, :], mask=seen[:, None] & (r < ROPE)[None, :], other=0.0)
-            if KEYS_FIRST:
-                scores = tl.dot(latent, tl.trans(q_latent), input_precision="ieee")
-                scores = tl.dot(k_pe, tl.trans(q_pe), scores, input_precision="ieee")
-            else:
-                scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-                scores = tl.dot(q_pe, tl.trans(k_pe), scores, input_precision="ieee")
-            scores = tl.where(tl.expand_dims(seen, 1 - KEYS), scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, axis=KEYS) * scale)
-            faded = tl.exp2(highest - higher)
-            scores = tl.exp2(scores * scale - tl.expand_dims(higher, KEYS))
-            weight = weight * faded + tl.sum(scores, axis=KEYS)
-            acc = acc * tl.expand_dims(faded, KEYS)
-            if KEYS_FIRST:
-                acc = tl.dot(tl.trans(latent), scores.to(latent.dtype), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(scores.to(latent.dtype), latent, acc, input_precision="ieee")
-            highest = higher
-        acc = acc / tl.expand_dims(weight, KEYS)
-        if KEYS_FIRST:
-            acc = tl.trans(acc)
+            scores = tl.dot(latent, tl.trans(q_latent), input_precision="ieee")
+            scores = tl.dot(k_pe, tl.trans(q_pe), scores, input_precision="ieee") * scale
+            scores, faded, highest, weights = _weigh(scores, seen, highest, weights, 0)
+            acc = tl.dot(tl.trans(latent), scores.to(latent.dtype), acc * faded, input_precision="ieee")
+        weight = tl.sum(weights, axis=0)
+        acc = tl.trans(acc / weight[None, :])
         tl.store(sums + part[:, None] * LORA + c[None, :], acc.to(sums.dtype.element_ty), mask=(h < HEADS)[:, None])
         tl.store(logs + part, highest + tl.log2(weight), mask=h < HEADS)
 
@@ -212,18 +284,18 @@ def mla_parts(
     plan: SplitPlan,
     config: MLAConfig | None = None,
 ) -> Parts:
-    """q [T, H, lora + rope] (decode_inputs), cache [slots, lora + rope]."""
+    """q [T, H, lora + rope] (decode_inputs), cache [slots, lora + rope]; lora: a power of two, 32 at least."""
     tokens, heads, width = q.shape
     lora = 1 << (width.bit_length() - 1)
     rope = width - lora
     parts = _empty_parts(tokens, heads, plan, lora, q)
     config = config or mla_config(heads, q.element_size())
-    _mla_kernel[(tokens, triton.cdiv(heads, config.block_h), plan.splits)](
+    kernel = _mla_keys_first_kernel if config.keys_first else _mla_kernel
+    kernel[(tokens, triton.cdiv(heads, config.block_h), plan.splits)](
         q, cache, paged.page_table, paged.seq_lens, parts.sums, parts.logs, scale * _LOG2E,
         paged.page_table.stride(0), plan.splits, plan.chunk, HEADS=heads, LORA=lora, ROPE=rope,
         BLOCK_R=max(16, triton.next_power_of_2(rope)), PAGE=paged.page_size, BLOCK_H=config.block_h,
-        BLOCK_KV=config.block_kv, STAGES=config.stages, KEYS_FIRST=config.keys_first, num_warps=config.warps,
-        **gpu.overlap,
+        BLOCK_KV=config.block_kv, STAGES=config.stages, num_warps=config.warps, **gpu.overlap,
     )  # fmt: skip
     return parts
 
