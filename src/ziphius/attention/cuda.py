@@ -7,6 +7,7 @@ token is a decode row, cut at fixed lengths: slower for prompts, the same bits i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +28,10 @@ from ziphius.layers.ops import LayerOps
 
 _EXPANDED_BYTES = 1 << 30
 """Most memory that expanded keys and values take at a time."""
+_KEYS_AT_ONCE = 1 << 17
+"""Keys of several sequences' chunks that are gathered from the cache together: all may share one long prefix."""
+_PARTS_BYTES = 1 << 29
+"""Most memory that the sums of decode rows' splits take at a time: with splits of a fixed length there are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +44,20 @@ class _Plan:
     paged: Paged
     longest: int
     """At least the tokens of the longest decode row."""
-    tiles: Tiles | None
-    """The chunks' queries, counted from the first token that is not a decode row."""
+    chunks: list[_Chunks]
+    """All other tokens, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """Prompt chunks whose keys are in memory together."""
+
+    tokens: slice
+    """Theirs, counted from the first token that is not a decode row."""
+    tiles: Tiles
+    """Their queries, counted from the first of `tokens`."""
     key_slots: Tensor | None
-    """Where everything that the chunks see lies; None: in this step's own tokens."""
+    """Where everything that they see lies; None: in `tokens` themselves."""
 
 
 class CudaBackend:
@@ -63,23 +78,27 @@ class CudaBackend:
         cache.k.index_copy_(0, batch.slots, k)
         cache.v.index_copy_(0, batch.slots, v)
         rows, heads = plan.rows, q.shape[1]
-        decoded = None
-        if rows:
-            fixed = FIXED_SPLIT if self._gpu.batch_invariant else None
-            splits = split_plan(rows * cache.k.shape[1], plan.longest, self._gpu.processors, fixed=fixed)
-            parts = gqa_parts(self._gpu, q[:rows], cache.k, cache.v, plan.paged, scale, splits)
-            decoded = combine(self._gpu, parts, q.dtype)
-            if plan.tiles is None:
-                return decoded
-        assert plan.tiles is not None
+        decoded = self._decode_gqa(q[:rows], cache, plan, scale) if rows else None
+        if decoded is not None and not plan.chunks:
+            return decoded
         out = torch.empty((q.shape[0], heads, v.shape[2]), dtype=q.dtype, device=q.device)
         if decoded is not None:
             out[:rows] = decoded
-        keys, values = k[rows:], v[rows:]
-        if plan.key_slots is not None:
-            keys, values = cache.k[plan.key_slots], cache.v[plan.key_slots]
-        flash_prefill(self._gpu, q[rows:], keys, None, values, out[rows:], plan.tiles, scale)
+        q, k, v, rest = q[rows:], k[rows:], v[rows:], out[rows:]
+        for chunks in plan.chunks:
+            mine, slots = chunks.tokens, chunks.key_slots
+            keys, values = (k[mine], v[mine]) if slots is None else (cache.k[slots], cache.v[slots])
+            flash_prefill(self._gpu, q[mine], keys, None, values, rest[mine], chunks.tiles, scale)
         return out
+
+    def _decode_gqa(self, q: Tensor, cache: KVCache, plan: _Plan, scale: float) -> Tensor:
+        fixed = FIXED_SPLIT if self._gpu.batch_invariant else None
+        splits = split_plan(plan.rows * cache.k.shape[1], plan.longest, self._gpu.processors, fixed=fixed)
+
+        def attend(some: slice, paged: Paged) -> Tensor:
+            return combine(self._gpu, gqa_parts(self._gpu, q[some], cache.k, cache.v, paged, scale, splits), q.dtype)
+
+        return _by_rows(plan, q.shape[1] * q.shape[2] * splits.splits, attend)
 
     def attend_projected(
         self, tokens: ProjectedTokens, cache: LatentCache, batch: ForwardBatch, scale: float, ops: LayerOps
@@ -103,8 +122,12 @@ class CudaBackend:
         queries = decode_inputs(self._gpu, q, new, tokens.w_uk, cache.latent)
         heads, lora = queries.shape[1], tokens.w_uv.shape[1]
         splits, config = self._tuned.mla(plan.rows, heads, lora, plan.longest, q.element_size())
-        parts = mla_parts(self._gpu, queries, cache.latent, plan.paged, scale, splits, config)
-        return combine_values(self._gpu, parts, tokens.w_uv)
+
+        def attend(some: slice, paged: Paged) -> Tensor:
+            parts = mla_parts(self._gpu, queries[some], cache.latent, paged, scale, splits, config)
+            return combine_values(self._gpu, parts, tokens.w_uv)
+
+        return _by_rows(plan, heads * lora * splits.splits, attend)
 
     def _prefill(
         self,
@@ -116,12 +139,17 @@ class CudaBackend:
         scale: float,
         out: Tensor,
     ) -> None:
-        assert plan.tiles is not None
+        rows = prompt_inputs(self._gpu, q, new, tokens.w_uk.shape[1], cache.latent)
+        for chunks in plan.chunks:
+            mine, slots = chunks.tokens, chunks.key_slots
+            seen = rows[mine] if slots is None else cache.latent[slots]
+            self._expand(q[mine], seen.to(q.dtype), tokens, chunks.tiles, scale, out[mine])
+
+    def _expand(
+        self, q: Tensor, rows: Tensor, tokens: ProjectedTokens, tiles: Tiles, scale: float, out: Tensor
+    ) -> None:
+        """Attend to cache rows [L, lora + rope], expanded a few heads at a time."""
         heads, nope, lora = tokens.w_uk.shape
-        rows = prompt_inputs(self._gpu, q, new, nope, cache.latent)
-        if plan.key_slots is not None:
-            rows = cache.latent[plan.key_slots]
-        rows = rows.to(q.dtype)
         latent, k_pe = rows[:, :lora], rows[:, lora:]
         per_head = rows.shape[0] * (nope + tokens.w_uv.shape[2]) * q.element_size()
         at_once = max(1, min(heads, _EXPANDED_BYTES // per_head))
@@ -130,10 +158,10 @@ class CudaBackend:
             keys = F.linear(latent, tokens.w_uk[some].flatten(0, 1)).view(latent.shape[0], -1, nope)
             values = torch.matmul(latent, tokens.w_uv[some]).transpose(0, 1)
             if at_once == heads:
-                flash_prefill(self._gpu, q, keys, k_pe, values, out, plan.tiles, scale)
+                flash_prefill(self._gpu, q, keys, k_pe, values, out, tiles, scale)
                 return
             part = out.new_empty((out.shape[0], keys.shape[1], out.shape[2]))
-            flash_prefill(self._gpu, q[:, some], keys, k_pe, values, part, plan.tiles, scale)
+            flash_prefill(self._gpu, q[:, some], keys, k_pe, values, part, tiles, scale)
             out[:, some] = part
 
     def _plan_of(self, batch: ForwardBatch) -> _Plan:
@@ -155,32 +183,56 @@ def _new(tokens: ProjectedTokens, batch: ForwardBatch, start: int, end: int) -> 
     )
 
 
+def _by_rows(plan: _Plan, values: int, attend: Callable[[slice, Paged], Tensor]) -> Tensor:
+    """`attend` for all decode rows: at once, or as many at a time as may leave `values` float32 each."""
+    at_once = max(1, _PARTS_BYTES // (4 * values))
+    paged = plan.paged
+    if plan.rows <= at_once:
+        return attend(slice(None), paged)
+    some = [slice(first, first + at_once) for first in range(0, plan.rows, at_once)]
+    parts = [attend(each, Paged(paged.page_table[each], paged.seq_lens[each], paged.page_size)) for each in some]
+    return torch.cat(parts)
+
+
 def _plan_step(batch: ForwardBatch) -> _Plan:
     rows = batch.num_decodes
     paged = Paged(batch.page_table[:rows], batch.seq_lens_device[:rows], batch.page_size)
     longest = max(batch.seq_lens[:rows], default=0)
-    if rows == batch.num_seqs:
-        return _Plan(batch, rows, paged, longest, None, None)
-    device = batch.page_table.device
-    query_starts = [start - rows for start in batch.query_starts[rows:]]
-    counts = [end - start for start, end in pairwise(query_starts)]
-    lens = batch.seq_lens[rows:]
+    chunks: list[_Chunks] = []
+    first = rows
+    while first < batch.num_seqs:
+        end, keys = first + 1, batch.seq_lens[first]
+        while end < batch.num_seqs and keys + batch.seq_lens[end] <= _KEYS_AT_ONCE:
+            keys += batch.seq_lens[end]
+            end += 1
+        chunks.append(_plan_chunks(batch, first, end))
+        first = end
+    return _Plan(batch, rows, paged, longest, chunks)
+
+
+def _plan_chunks(batch: ForwardBatch, first: int, end: int) -> _Chunks:
+    """Of the sequences from `first` to before `end`."""
+    start = batch.query_starts[first]
+    query_starts = [each - start for each in batch.query_starts[first : end + 1]]
+    tokens = slice(start - batch.num_decodes, batch.query_starts[end] - batch.num_decodes)
+    counts = [after - before for before, after in pairwise(query_starts)]
+    lens = batch.seq_lens[first:end]
     seen_by_first = [length - count + 1 for length, count in zip(lens, counts, strict=True)]
+    device = batch.page_table.device
     if lens == counts:
-        tiles = make_tiles(query_starts, query_starts[:-1], seen_by_first, device)
-        return _Plan(batch, rows, paged, longest, tiles, None)
+        return _Chunks(tokens, make_tiles(query_starts, query_starts[:-1], seen_by_first, device), None)
     key_starts = [0]
     for length in lens:
         key_starts.append(key_starts[-1] + length)
     tiles = make_tiles(query_starts, key_starts[:-1], seen_by_first, device)
-    return _Plan(batch, rows, paged, longest, tiles, _key_slots(batch, rows, key_starts))
+    return _Chunks(tokens, tiles, _key_slots(batch, first, end, key_starts[-1]))
 
 
-def _key_slots(batch: ForwardBatch, first: int, key_starts: list[int]) -> Tensor:
-    """Slots of all tokens of the sequences from `first` on, one sequence after another."""
-    lens = batch.seq_lens_device[first:].long()
-    seq = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens, output_size=key_starts[-1])
-    position = torch.arange(key_starts[-1], device=lens.device) - (lens.cumsum(0) - lens)[seq]
+def _key_slots(batch: ForwardBatch, first: int, end: int, total: int) -> Tensor:
+    """Slots of all `total` tokens of the sequences from `first` to before `end`, one sequence after another."""
+    lens = batch.seq_lens_device[first:end].long()
+    seq = torch.repeat_interleave(torch.arange(len(lens), device=lens.device), lens, output_size=total)
+    position = torch.arange(total, device=lens.device) - (lens.cumsum(0) - lens)[seq]
     return _slots(batch, seq + first, position)
 
 
@@ -191,7 +243,7 @@ def _plan_all_as_rows(batch: ForwardBatch) -> _Plan:
         torch.arange(batch.num_seqs, device=counts.device), counts, output_size=batch.num_tokens
     )
     paged = Paged(batch.page_table[seq], (batch.positions + 1).int(), batch.page_size)
-    return _Plan(batch, batch.num_tokens, paged, max(batch.seq_lens), None, None)
+    return _Plan(batch, batch.num_tokens, paged, max(batch.seq_lens), [])
 
 
 def _slots(batch: ForwardBatch, seq: Tensor, position: Tensor) -> Tensor:
