@@ -10,16 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ziphius.config import ServeConfig
 from ziphius.distributed import ParallelState, Rendezvous, join
+from ziphius.engine.ranks import rank_environment
 
 _IN_A_GRAPH = 100
 
@@ -82,6 +86,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
+    os.environ.update(rank_environment(ServeConfig(tp=args.tp), os.environ))  # as ranks of a server have it
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         ranks = [
@@ -90,9 +95,11 @@ def main() -> None:
         ]
         for rank in ranks:
             rank.start()
-        for rank in ranks:
-            rank.join()
+        while not any(rank.exitcode for rank in ranks) and (alive := [rank for rank in ranks if rank.is_alive()]):
+            wait([rank.sentinel for rank in alive])
         if any(rank.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.kill()  # one that is left would wait for the others for ever
             raise SystemExit("a rank failed")
         found = json.loads(out.read_text(encoding="utf-8"))
     print(f"{torch.cuda.get_device_name()} x {args.tp}, rows of {args.hidden} in bfloat16")

@@ -25,6 +25,7 @@ from ziphius.kernels.gpu import combine, experts, flash_prefill, gemv, mla_input
 from ziphius.kernels.gpu.experts import ExpertMatrices, GroupedConfig, PairConfig
 from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.skinny import SkinnyConfig
+from ziphius.kernels.gpu.tuning import Tuned
 from ziphius.models.config import ModelConfig, MoEConfig
 
 Launch = Callable[[], object]
@@ -406,8 +407,7 @@ def main() -> None:
     device = torch.device("cuda")
     tuner = Tuner(device, Gpu.of(device))
     file = TUNED / (tuner.gpu.name.replace(" ", "_") + ".json")
-    if file.is_file():
-        tuner.found = json.loads(file.read_text(encoding="utf-8"))
+    tuner.found = known(tuner.gpu)
     started = time.perf_counter()
     for folder in args.configs:
         tune(tuner, ModelConfig.from_folder(folder), args)
@@ -424,6 +424,12 @@ def tune(tuner: Tuner, config: ModelConfig, args: argparse.Namespace) -> None:
         show_flash(tuner, config, 8, 1024)
     tune_linear(tuner, config, [b for b in args.batches if b > 1])
     tune_experts(tuner, config, [1, *args.batches], args.prompts)
+
+
+def known(gpu: Gpu) -> dict[str, Any]:
+    """What the engine reads for this device now, be it another's: the device's own file takes its place."""
+    found: dict[str, Any] = json.loads(json.dumps(Tuned.of(gpu).measured))
+    return found
 
 
 def layout(found: dict[str, Any]) -> str:

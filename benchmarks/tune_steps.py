@@ -22,7 +22,7 @@ from unittest.mock import patch
 import torch
 from decode_step import Bench, Load, build, parse
 from triton.runtime.errors import OutOfResources
-from tune_kernels import TUNED, layout
+from tune_kernels import TUNED, known, layout
 
 from ziphius.kernels.gpu.experts import GroupedConfig, PairConfig
 from ziphius.kernels.gpu.launch import Gpu
@@ -164,9 +164,9 @@ def main() -> None:
     args = parser.parse_args()
     words = [str(args.config), "--batches", *args.batches, "--steps", str(args.steps), "--no-graphs"]
     bench = build(parse([*words, "--kv-tokens", str(args.kv_tokens)]))
-    device = Gpu.of(torch.device("cuda")).name
+    gpu = Gpu.of(torch.device("cuda"))
+    device, found = gpu.name, known(gpu)
     file = TUNED / (device.replace(" ", "_") + ".json")
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     everything: list[Measured] = []
     for load in bench.args.batches:
         measured, kept = tune(bench, load, args.margin)

@@ -113,7 +113,7 @@ def _weigh(scores, seen, highest, weights, AXIS: tl.constexpr):
     return scores, faded, higher, weights * faded + scores
 
 
-@triton.jit(do_not_specialize=["splits", "chunk"])
+@triton.jit(do_not_specialize=["stride_table", "splits", "chunk"])
 def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table, splits, chunk,
                 HEADS: tl.constexpr, LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr,
                 PAGE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
@@ -166,7 +166,7 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table,
         tl.store(logs + part, highest + tl.log2(weight), mask=h < HEADS)
 
 
-@triton.jit(do_not_specialize=["splits", "chunk"])
+@triton.jit(do_not_specialize=["stride_table", "splits", "chunk"])
 def _mla_keys_first_kernel(
     q, cache, page_table, seq_lens, sums, logs, scale, stride_table, splits, chunk, HEADS: tl.constexpr,
     LORA: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -212,7 +212,7 @@ def _mla_keys_first_kernel(
         tl.store(logs + part, highest + tl.log2(weight), mask=h < HEADS)
 
 
-@triton.jit(do_not_specialize=["splits", "chunk"])
+@triton.jit(do_not_specialize=["stride_table", "splits", "chunk"])
 def _gqa_kernel(q, k_cache, v_cache, page_table, seq_lens, sums, logs, scale, stride_q, stride_table, splits, chunk,
                 HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
                 BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
