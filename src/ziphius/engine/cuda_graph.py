@@ -32,7 +32,7 @@ _STAGES = 4
 class _Graph:
     graph: torch.cuda.CUDAGraph
     logits: Tensor
-    """[size, vocab] float32, overwritten by every replay."""
+    """[size, vocab] float32, overwritten by every replay of any graph."""
     tokens: Tensor
     """[size] int64, likewise."""
 
@@ -80,6 +80,8 @@ class DecodeGraphs:
         self._staging = [torch.zeros(length, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._turn = 0
         self._tensors = DecodeTensors.empty(largest, max_pages, device)
+        # One for all graphs: of 128 rows' graphs each with its own they would take 300 MB, of 1024 rows' 7 GB.
+        self._logits = torch.empty((largest, model.config.vocab_size), dtype=torch.float32, device=device)
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int], on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -149,7 +151,8 @@ class DecodeGraphs:
         tensors = self._tensors.first(batch.num_decodes)
         padding = len(self._last_token) - 1
         unpack(self._packed, self._last_token, tensors, self._pool.scratch_page * self._pool.page_size, padding)
-        logits = self._model.logits(self._model.forward(batch, self._pool, self._attention))
+        hidden = self._model.forward(batch, self._pool, self._attention)
+        logits = self._model.logits(hidden, self._logits[: batch.num_decodes])
         tokens = torch.empty(batch.num_decodes, dtype=torch.int64, device=logits.device)
         argmax_into(self._gpu, logits, tokens, tensors.rows, self._last_token)
         return logits, tokens

@@ -178,9 +178,10 @@ class ParallelLMHead(Layer):
         vocab = rows * context.parallel.size
         self._part = MatrixPart((vocab, columns), embedding.shard, 0)
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, vocab] float32."""
-        return self._context.parallel.all_gather(self.weight(hidden)).float()
+    def __call__(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """[n, hidden] -> [n, vocab] float32, in `out` where it is given."""
+        logits = self._context.parallel.all_gather(self.weight(hidden))
+        return logits.float() if out is None else out.copy_(logits)
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         """`name`: the head's, or the embedding's when tied."""

@@ -30,8 +30,8 @@ class CausalLM(Protocol):
         `attention.prepare(batch)` comes first, and is the caller's: it stays outside a captured graph.
         """
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Rows of `forward`'s result [n, hidden_size] -> [n, vocab_size] float32, on every rank."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows of `forward`'s result [n, hidden_size] -> [n, vocab_size] float32, on every rank; in `out` if given."""
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         """Every tensor of the checkpoint that this rank takes. A name may come twice: both take it."""

@@ -238,9 +238,9 @@ class DeepseekV2ForCausalLM(Layer):
             x = layer(x, angles, cache, batch, attention)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """See CausalLM."""
-        return self.lm_head(hidden)
+        return self.lm_head(hidden, out)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         """See CausalLM."""

@@ -127,9 +127,9 @@ class LlamaForCausalLM(Layer):
             x, residual = layer(x, residual, angles, cache, batch, attention)
         return self.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """See CausalLM."""
-        return self.lm_head(hidden)
+        return self.lm_head(hidden, out)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         """See CausalLM."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpu_engine import Settings, UncapturedGraphs, answers
@@ -58,7 +60,8 @@ def test_sizes() -> None:
 
 
 def test_released_graphs_take_no_step(device: torch.device) -> None:
-    graphs = UncapturedGraphs(None, None, None, torch.zeros(5, dtype=torch.int64, device=device), 4, 4)  # type: ignore[arg-type]
+    model = SimpleNamespace(config=V2)
+    graphs = UncapturedGraphs(model, None, None, torch.zeros(5, dtype=torch.int64, device=device), 4, 4)  # type: ignore[arg-type]
     graphs.capture([1, 4])
     assert graphs.takes(3)
     graphs.release()

@@ -105,7 +105,8 @@ def _decode_inputs_kernel(q, latent, k_pe, w_uk, norm_weight, cos, sin, slots, q
                         HEADS, NOPE, ROPE, BLOCK_H)  # fmt: skip
 
 
-@triton.jit
+# A step's chunks come after its decode rows: `slots` begins at every second place only where 16 bytes do.
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _prompt_inputs_kernel(q, latent, k_pe, norm_weight, cos, sin, slots, cache, rows, stride_q, stride_kv, eps,
                           HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, LORA: tl.constexpr,
                           BLOCK_H: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
