@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 import httpx
 import psutil
 from tests.shared_memory import SharedMemory
+
+from ziphius.manager import process
 
 _DEADLINE_S = 120.0
 
@@ -58,14 +61,14 @@ class ServeProcess:
     def remember(self) -> None:
         """Note its processes and their shared memory, to see later that none is left."""
         main = psutil.Process(self.process.pid)
-        processes = [main, *main.children(recursive=True)]
-        self._pids |= {process.pid for process in processes}
-        self._shared.look(processes)
+        family = [main, *main.children(recursive=True)]
+        self._pids |= {each.pid for each in family}
+        self._shared.look(family)
 
     def ended(self) -> int:
         """The exit code, once it has ended."""
         code = self.process.wait(_DEADLINE_S)
-        self._reader.join(10)
+        self._reader.join(60)
         return code
 
     def leftovers(self) -> list[str]:
@@ -77,10 +80,11 @@ class ServeProcess:
     def close(self) -> None:
         if self.process.poll() is None:
             for child in psutil.Process(self.process.pid).children(recursive=True):
-                child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             self.process.kill()
-        self.process.wait(10)
-        self._reader.join(10)
+        self.process.wait(60)
+        self._reader.join(60)
 
 
 class RealServer(ServeProcess):
@@ -132,6 +136,8 @@ class Client(threading.Thread):
         self._server = server
         self._stream = stream
         self._tokens = tokens
+        self.begun = threading.Event()
+        """Some of a stream has come."""
         self.status = 0
         self.text = ""
         self.start()
@@ -140,8 +146,11 @@ class Client(threading.Thread):
         url = f"http://127.0.0.1:{self._server.port}/generate"
         sampling = {"temperature": 0, "ignore_eos": True, "max_new_tokens": self._tokens}
         body = {"text": "abc", "sampling_params": sampling, "stream": self._stream}
-        answer = httpx.post(url, json=body, timeout=_DEADLINE_S, trust_env=False)
-        self.status, self.text = answer.status_code, answer.text
+        with httpx.stream("POST", url, json=body, timeout=_DEADLINE_S, trust_env=False) as answer:
+            for text in answer.iter_text():
+                self.text += text
+                self.begun.set()
+            self.status = answer.status_code
 
 
 def free_port() -> int:
@@ -152,8 +161,8 @@ def free_port() -> int:
 
 
 def _gone(pid: int) -> bool:
-    deadline = time.monotonic() + 5
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    deadline = time.monotonic() + 60
+    while process.identity(pid) is not None:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)

@@ -39,7 +39,7 @@ def test_the_folder_of_a_killed_server_is_cleared_and_a_living_ones_is_not(tempo
     living, held = hold()
     (abandoned / "engine.sock").touch()
     killed.kill()
-    killed.wait(10)
+    killed.wait(60)
     others = temporary / "ziphius-of-something-else"
     others.mkdir()
     link = temporary / "ziphius-link"
@@ -51,7 +51,7 @@ def test_the_folder_of_a_killed_server_is_cleared_and_a_living_ones_is_not(tempo
     assert link.is_symlink()
     assert own.exists()
     for process in (killed, living):
-        process.communicate(input="\n" if process is living else None, timeout=10)
+        process.communicate(input="\n" if process is living else None, timeout=60)
 
 
 def test_a_long_path_is_left_for_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_the_cause_is_told_and_not_its_consequence() -> None:
         async def report() -> None:
             for failure in failures:
                 box.report(failure)
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.01)
 
         reporting = asyncio.create_task(report())
         message = (await box.first()).message

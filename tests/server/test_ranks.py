@@ -48,12 +48,13 @@ def test_two_servers_side_by_side_a_killed_rank_and_an_idle_one_that_stops(start
     assert first.ids() == second.ids()
     clients = [Client(first, stream) for stream in (False, True)]
     first.until(lambda: first.http.get("/status").json()["running"] == 2)
+    assert clients[1].begun.wait(60)  # an error before its first token would be its status
     killed = first.rank_pids[1]
     os.kill(killed, signal.SIGKILL)
     assert first.ended() == 1
     reason = f"rank 1: the engine process {killed} was ended by SIGKILL"
     for client in clients:
-        client.join(20)
+        client.join(60)
         assert reason in client.text
     assert sorted(client.status for client in clients) == [200, 500]
     assert reason in first.log
@@ -75,7 +76,7 @@ def test_rank_0_stopped_in_the_middle_of_an_answer(start: Start) -> None:
     stopped = server.rank_pids[0]
     os.kill(stopped, signal.SIGSTOP)
     assert server.ended() == 1
-    client.join(20)
+    client.join(60)
     assert client.status == 500
     assert f"rank 0 (process {stopped}) has not answered for" in client.text
     assert server.leftovers() == []

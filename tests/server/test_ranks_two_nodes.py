@@ -114,7 +114,7 @@ def test_a_rank_on_the_other_node_that_stops_ends_both(nodes: Nodes) -> None:
     worker = worker_of(node_1)
     worker.suspend()
     assert ended(node_0, node_1) == [1, 1]
-    client.join(20)
+    client.join(60)
     assert client.status == 500
     reason = f"rank 1 (process {worker.pid}) has not answered for"
     assert f"node 1: {reason}" in client.text
