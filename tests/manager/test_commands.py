@@ -99,7 +99,7 @@ def test_the_life_of_an_instance(bench: Bench) -> None:
 
 def test_a_failed_start_shows_the_reason_and_the_log(bench: Bench) -> None:
     port = str(bench.resolved().config.port)
-    done = run(bench, "--load-seconds", "0.5", "--crash", "error", "--", "start", "--port", port)
+    done = run(bench, "--load-seconds", "2", "--crash", "error", "--", "start", "--port", port)
     assert done.returncode == 1
     assert "loading ..." in done.stderr
     assert "  " in done.stderr
@@ -143,7 +143,8 @@ def test_an_interrupt_while_it_loads_leaves_nothing(bench: Bench, begin: Begin, 
 def test_a_killed_start_leaves_a_server_that_is_known(bench: Bench, begin: Begin) -> None:
     port = str(bench.resolved().config.port)
     starting = begin("--load-seconds", "3", "--", "start", "--port", port)
-    wait_for(lambda: bench.instances.names())
+    # Before it has read its settings it would end with its starter.
+    wait_for(lambda: bench.instances.names() and bench.manager().log_tail("default", 1))
     starting.kill()
     starting.communicate(timeout=60)
     assert bench.manager().status("default").state is State.STARTING

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,12 +52,11 @@ def left() -> list[psutil.Process]:
     me = psutil.Process()
     found = []
     for each in psutil.process_iter():
-        try:
-            if ENGINE in each.cmdline() and RUNNER not in each.cmdline() and each != me:
+        with contextlib.suppress(psutil.Error):
+            words = each.cmdline()
+            if ENGINE in words and RUNNER not in words and each != me and each.status() != psutil.STATUS_ZOMBIE:
                 found.append(each)
-        except psutil.Error:
-            continue
-    return [each for each in found if each.status() != psutil.STATUS_ZOMBIE]
+    return found
 
 
 @pytest.mark.parametrize("running", [(600, "alone")], indirect=True)
@@ -67,17 +66,14 @@ def test_a_signal_drains_it_and_ends_its_workers(running: subprocess.Popen[str],
     os.kill(running.pid, number)
     assert running.stdout is not None
     assert running.stdout.readline() == "drained\n"
-    assert running.wait(30) == 0
+    assert running.wait(60) == 0
     assert left() == []
 
 
 @pytest.mark.parametrize("running", [(0.5, "alone")], indirect=True)
 def test_its_own_end_is_told_and_its_workers_end_too(running: subprocess.Popen[str]) -> None:
-    assert running.wait(30) == 7
-    deadline = time.monotonic() + 10
-    while left():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert running.wait(60) == 7
+    assert left() == []
 
 
 @pytest.mark.parametrize("running", [(600, "follows")], indirect=True)
@@ -87,5 +83,5 @@ def test_a_part_of_another_machines_server_leaves_the_drain_to_that_one(running:
         running.wait(1)
     assert len(left()) == 2
     os.kill(running.pid, signal.SIGTERM)
-    assert running.wait(30) == 0
+    assert running.wait(60) == 0
     assert left() == []

@@ -68,7 +68,7 @@ class TestStart:
 
     def test_reports_progress_while_it_loads(self, bench: Bench) -> None:
         seen: list[LoadProgress] = []
-        bench.manager("--load-seconds", "1").start(bench.resolved(), seen.append)
+        bench.manager("--load-seconds", "2").start(bench.resolved(), seen.append)
         assert {p.phase for p in seen} == {"loading"}
         assert [p.done for p in seen] == sorted(p.done for p in seen)
 
@@ -369,6 +369,7 @@ class TestFaults:
         assert pid is not None
         wait_for(lambda: len(bench.pids()) == 3)
         os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: process.identity(pid) is None)
         assert manager.stop("default", None, quiet).state is State.FAILED
         assert [p for p in psutil.process_iter() if _run_id(p) == bench.record().run_id] == []
         assert manager.status("default").state is State.STOPPED

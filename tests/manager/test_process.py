@@ -110,7 +110,13 @@ def test_a_second_signal_says_that_the_wait_is_over(tmp_path: Path) -> None:
     while "there" not in (tmp_path / "log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.end_tree(target, 0)
+
+    def heard(_: float) -> None:
+        while "asked" not in (tmp_path / "log").read_text():  # two signals that come together are one
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    process.end_tree(target, 0, heard)
     assert child.wait(timeout=60) == 0
     assert (tmp_path / "log").read_text().splitlines() == ["there", "asked", "asked"]
 
