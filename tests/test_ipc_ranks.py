@@ -48,7 +48,7 @@ def test_every_rank_gets_every_batch_in_order(folder: Path, address: str) -> Non
         sender.send(each)
     sender.send(Shutdown())
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     sender.close()
     assert all(received == sent for received in got.values())
 

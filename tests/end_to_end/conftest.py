@@ -55,7 +55,7 @@ class Server:
 
     def live(self) -> dict[str, Any]:
         """The server's own word."""
-        return httpx.get(f"{self.url}/status", timeout=10).json()
+        return httpx.get(f"{self.url}/status", timeout=60).json()
 
     def tree(self) -> list[psutil.Process]:
         parent = psutil.Process(self.status()["pid"])
@@ -76,7 +76,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(holds: Callable[[], bool], what: str, patience_s: float = 30.0) -> None:
+def wait_until(holds: Callable[[], bool], what: str, patience_s: float = 60.0) -> None:
     deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline, f"waited {patience_s:g} s in vain: {what}"

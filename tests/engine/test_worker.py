@@ -94,7 +94,7 @@ def test_it_loads_answers_ignores_ctrl_c_and_shuts_down(
     llama: Any, make_worker: Callable[..., Worker], add: Add
 ) -> None:
     async def talk() -> None:
-        worker = make_worker(llama.folder)
+        worker = make_worker(llama.folder, max_running_requests=1)
         channel = worker.channel()
         worker.start()
         ready = await worker.receive_until(channel, Ready)
@@ -113,12 +113,19 @@ def test_it_loads_answers_ignores_ctrl_c_and_shuts_down(
                 answer += output.token_ids
                 finish = output.finish
         assert answer == llama.generate(ids, 12)
-        await channel.send(add("b", ids, max_new_tokens=400))
+        # One after another: more than it computes before it hears that it is to end.
+        open_rids = {f"b{number}" for number in range(8)}
+        for rid in sorted(open_rids):
+            await channel.send(add(rid, ids, max_new_tokens=500))
         await worker.receive_until(channel, StepOutput)
         await channel.send(Shutdown())
-        while finish.kind != "abort":
+        while open_rids:
             step = await worker.receive_until(channel, StepOutput)
-            finish = step.outputs[-1].finish or finish
+            for output in step.outputs:
+                if output.finish is not None:
+                    open_rids.remove(output.rid)
+                    finish = output.finish
+        assert finish.kind == "abort"
         assert worker.wait() == 0
         channel.close()
 

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from ziphius.launchers.sglang_log import lines_of, read_state
+from ziphius.manager import process
 
 ON_A_CPU = (
     "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--disable-overlap-schedule",
@@ -151,9 +152,11 @@ def test_the_acts_of_a_user(user: User, sglang_python: str, model: Path) -> None
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 5
     body = {"text": "one two", "sampling_params": {"max_new_tokens": 3, "temperature": 0}}
-    native = httpx.post(f"http://127.0.0.1:{port}/generate", json=body, headers={"Authorization": f"Bearer {KEY}"})
+    native = httpx.post(
+        f"http://127.0.0.1:{port}/generate", json=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
+    )
     assert native.json()["meta_info"]["completion_tokens"] == 3
-    assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+    assert httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=60).status_code == 401
     assert user("chat", "--max-tokens", "4", "--temperature", "0", stdin=QUESTION + "\n").stdout
 
     log = user("logs", "-n", "1000").stdout
@@ -161,7 +164,7 @@ def test_the_acts_of_a_user(user: User, sglang_python: str, model: Path) -> None
     assert KEY not in log
 
     assert "is stopped" in user("stop").stdout
-    assert [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"] == []
+    assert [pid for pid in pids if process.identity(pid) is not None] == []
     socket.create_server(("127.0.0.1", port)).close()
     assert user.status()["state"] == "stopped"
 
@@ -176,7 +179,7 @@ def test_a_killed_rank_is_a_failure_that_leaves_nothing(user: User, sglang_pytho
     wait_until(lambda: user.status()["state"] == "failed")
     assert "was ended by signal 9" in user.status()["reason"]
     user("stop", wanted=None)
-    wait_until(lambda: not [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"])
+    wait_until(lambda: not [pid for pid in pids if process.identity(pid) is not None])
 
 
 def test_a_killed_server_is_told_as_that(user: User, sglang_python: str, model: Path) -> None:
@@ -189,7 +192,7 @@ def test_a_killed_server_is_told_as_that(user: User, sglang_python: str, model: 
     wait_until(lambda: user.status()["state"] == "failed")
     assert "it was killed" in user.status()["reason"]
     user("stop", wanted=None)
-    assert [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"] == []
+    assert [pid for pid in pids if process.identity(pid) is not None] == []
 
 
 def test_a_wrong_argument_is_explained(user: User, sglang_python: str, model: Path) -> None:
@@ -244,4 +247,4 @@ def test_the_same_sglang_in_an_image(
     assert answer.json()["meta_info"]["completion_tokens"] == 3
     assert inside("chat", "--max-tokens", "4", stdin=QUESTION + "\n").stdout
     inside("stop")
-    assert [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"] == []
+    assert [pid for pid in pids if process.identity(pid) is not None] == []

@@ -114,10 +114,10 @@ def slurm(installed_slurm: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
     munge = [f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid",
              f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]  # fmt: skip
     try:
-        subprocess.run(["munged", "--force", *munge], env=env, check=True, timeout=30)
-        wait_until((folder / "munge.socket").exists, 20)
-        subprocess.run(["slurmctld", "-c"], env=env, check=True, timeout=30)
-        subprocess.run(["slurmd", "-d", f"{prefix}/usr/sbin/slurmstepd"], env=env, check=True, timeout=30)
+        subprocess.run(["munged", "--force", *munge], env=env, check=True, timeout=120)
+        wait_until((folder / "munge.socket").exists)
+        subprocess.run(["slurmctld", "-c"], env=env, check=True, timeout=120)
+        subprocess.run(["slurmd", "-d", f"{prefix}/usr/sbin/slurmstepd"], env=env, check=True, timeout=120)
 
         def idle() -> bool:
             told = subprocess.run(["sinfo", "-h", "-o", "%T"], env=env, capture_output=True, text=True, check=False)
