@@ -177,12 +177,16 @@ import os, sys
 from pathlib import Path
 from ziphius.errors import ModelError
 from ziphius.models.checkpoint import open_checkpoint
+def look(folder):
+    try:
+        open_checkpoint(folder, Path(sys.argv[2]))
+    except ModelError as e:
+        return f"{type(e).__name__} {e}"
+    return "readable"
 if os.geteuid() == 0:
+    look(sys.argv[1])  # imports what that needs: this environment may be root's alone
     os.seteuid(65534)
-try:
-    open_checkpoint(sys.argv[1], Path(sys.argv[2]))
-except ModelError as e:
-    print(type(e).__name__, e)
+print(look(sys.argv[1]))
 """
 
 

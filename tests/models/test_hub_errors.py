@@ -111,8 +111,8 @@ def test_a_broken_server(hub: StandInHub, settings: HubSettings) -> None:
 def test_a_silent_server(hub: StandInHub, settings: HubSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    hub.faults[SHARDS[0]] = Fault(hang_s=1.0, times=9)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1.0)
+    hub.faults[SHARDS[0]] = Fault(hang_s=5.0, times=9)
     message = fails(replace(settings, waits=()), DownloadError)
     assert "was lost at 0 of 3000000 bytes" in message
     assert "timed out" in message.lower()

@@ -122,9 +122,10 @@ def damage_end(path: Path) -> None:
 
 
 def damage_middle(path: Path) -> None:
-    data = bytearray(path.read_bytes())
+    data, written_ns = bytearray(path.read_bytes()), path.stat().st_mtime_ns
     data[1000] ^= 1
     path.write_bytes(data)
+    os.utime(path, ns=(written_ns, written_ns + 10**9))  # clocks of file systems may be coarse
 
 
 def damage_all(path: Path) -> None:
