@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -52,6 +53,20 @@ def test_the_folder_of_a_killed_server_is_cleared_and_a_living_ones_is_not(tempo
     assert own.exists()
     for process in (killed, living):
         process.communicate(input="\n" if process is living else None, timeout=60)
+
+
+def test_its_lock_is_held_before_others_can_see_it(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Path]] = []
+    flock = fcntl.flock
+
+    def look(descriptor: int, how: int) -> None:
+        seen.append(list(temporary.glob("*/lock")))
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", look)
+    folder = private_folder()
+    assert seen == [[]]
+    assert (folder / "lock").exists()
 
 
 def test_a_long_path_is_left_for_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

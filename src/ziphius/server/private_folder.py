@@ -29,7 +29,9 @@ def private_folder() -> Path:
         parent = Path("/tmp")
     _remove_abandoned(parent)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    _lock(folder)  # never closed: the lock ends with the process
+    new = folder / f"{_LOCK}.new"
+    _lock(new)  # never closed: the lock ends with the process
+    new.rename(folder / _LOCK)  # held before others find it, and take the folder for abandoned
     return folder
 
 
@@ -40,14 +42,14 @@ def _remove_abandoned(parent: Path) -> None:
             own = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
             if not own or not (folder / _LOCK).exists():
                 continue
-            descriptor = _lock(folder)
+            descriptor = _lock(folder / _LOCK)
             shutil.rmtree(folder, ignore_errors=True)
             os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
-    """Hold `folder`; OSError when another process does. The open file, to be closed to let go."""
-    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+def _lock(path: Path) -> int:
+    """Hold the file; OSError when another process does. The open file, to be closed to let go."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
