@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -192,16 +193,17 @@ def _checked(option: Field[Any], raw: Any, origin: str) -> Any:
     name, kind, meta = option.name, option_type(option.name), option.metadata
     value = _converted(raw, kind)
     if value is None:
-        raise ConfigError(f"{name} ({origin}) must be {kind.__name__}, not {raw!r}", param=name)
+        finite = "a finite " if kind is float else ""
+        raise ConfigError(f"{name} ({origin}) must be {finite}{kind.__name__}, not {raw!r}", param=name)
     if value == "":
         # Mostly a variable of a script that was never set: an empty host would be every address, an empty key no key
         raise ConfigError(f"{name} ({origin}) must not be empty", param=name)
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name} ({origin}) must be one of {', '.join(meta['choices'])}, not {value!r}", param=name)
     if meta["low"] is not None and value < meta["low"]:
-        raise ConfigError(f"{name} ({origin}) must be at least {meta['low']:g}, not {value:g}", param=name)
+        raise ConfigError(f"{name} ({origin}) must be at least {meta['low']:g}, not {value}", param=name)
     if meta["high"] is not None and value > meta["high"]:
-        raise ConfigError(f"{name} ({origin}) must be at most {meta['high']:g}, not {value:g}", param=name)
+        raise ConfigError(f"{name} ({origin}) must be at most {meta['high']:g}, not {value}", param=name)
     return value
 
 
@@ -215,8 +217,9 @@ def _converted(raw: Any, kind: type) -> Any:
         return raw if isinstance(raw, str) else None
     try:
         number = kind(raw)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an infinite number in a file
         return None
     if isinstance(raw, float) and kind is int and raw != number:
         return None
-    return number if number == number else None
+    # Settings are kept as JSON, which has no other numbers
+    return number if kind is int or math.isfinite(number) else None
