@@ -27,7 +27,7 @@ from ziphius.cli_options import (
     takes_options,
     with_engine_arguments,
 )
-from ziphius.errors import InstanceError, StartFailed, ZiphiusError
+from ziphius.errors import ConfigError, InstanceError, StartFailed, ZiphiusError
 from ziphius.version import package_version
 
 if TYPE_CHECKING:
@@ -54,15 +54,16 @@ def _manager(force: bool = False) -> Manager:
     from ziphius.paths import ziphius_home
 
     def launch(resolved: Resolved, env: Mapping[str, str]) -> Launch:
-        from ziphius.cli_print import note  # here: most verbs launch nothing
-        from ziphius.launchers.engines import engine_launcher
+        from ziphius.launchers.engines import engine_launcher  # here: most verbs launch nothing
 
-        launched = engine_launcher(force=force)(resolved, env)
-        for line in launched.notes:
-            note(line)
-        return launched
+        return engine_launcher(force=force)(resolved, env)
 
-    return Manager(ziphius_home(os.environ), launch, os.environ)
+    def tell(line: str) -> None:
+        from ziphius.cli_print import note
+
+        note(line)
+
+    return Manager(ziphius_home(os.environ), launch, os.environ, tell)
 
 
 @app.command()
@@ -83,6 +84,8 @@ def start(
     Exit status 0 when it is healthy, also when it was running with the same settings before; else 1.
     """
     resolved = resolved_from(with_engine_arguments(flags, arguments), config)
+    if gpu is not None and not dry_run:
+        raise ConfigError(f"--gpu {gpu} is for --dry-run: a start is for the GPUs that are here")
     if dry_run:
         _show_command(resolved, force, gpu)
         return
@@ -190,7 +193,8 @@ def _serve(resolved: Resolved, force: bool, planned: bool) -> int:
 def stop(
     name: Name = None,
     drain_timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Time for running requests (default: the instance's own).")
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Time for running requests (default: the instance's own)."),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Stop every instance.")] = False,
     forget: Annotated[
@@ -201,6 +205,8 @@ def stop(
 
     Returns when nothing of the server is left.
     """
+    if forget and all_:
+        raise ConfigError("--forget is for one instance: give its --name in place of --all")
     manager = _manager()
     if forget:
         manager.forget(selected_name(name))
@@ -243,7 +249,9 @@ def status(
 def logs(
     name: Name = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is appended.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", metavar="INTEGER", help="How many of its last lines.")] = 50,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=0, metavar="INTEGER", help="How many of its last lines.")
+    ] = 50,
 ) -> None:
     """Show a server's log, also of one that is gone."""
     manager = _manager()

@@ -8,16 +8,20 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
-from ziphius.errors import AlreadyRunning, ConfigError, InstanceError, PortInUse, StartFailed
+from ziphius.config import Resolved
+from ziphius.errors import AlreadyRunning, ConfigError, DoesNotFit, InstanceError, PortInUse, StartFailed
+from ziphius.launchers.launcher import Launch
 from ziphius.manager import process
 from ziphius.manager.instance import Instances, State
+from ziphius.manager.manager import Manager
 from ziphius.messages import LoadProgress
 
 if TYPE_CHECKING:
@@ -297,6 +301,32 @@ class TestRestart:
         with pytest.raises(ConfigError, match="page_size"):
             manager.restart("default", {"page_size": "0"}, quiet, quiet)
         assert manager.status("default").pid == pid
+
+    def test_that_cannot_start_leaves_it_running(self, bench: Bench, quiet: Quiet) -> None:
+        pid = bench.manager().start(bench.resolved(), quiet).status.pid
+
+        def launcher(resolved: Resolved, env: Mapping[str, str]) -> Launch:
+            raise ConfigError("7 ranks cannot share this model")
+
+        manager = Manager(bench.home, launcher, os.environ)
+        with pytest.raises(ConfigError, match="7 ranks"):
+            manager.restart("default", {"tp": "7"}, quiet, quiet)
+        with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(PortInUse):
+            bench.manager().restart("default", {"port": str(taken.getsockname()[1])}, quiet, quiet)
+        assert (manager.status("default").state, manager.status("default").pid) == (State.RUNNING, pid)
+
+    def test_may_need_the_memory_of_what_runs(self, bench: Bench, quiet: Quiet) -> None:
+        bench.manager().start(bench.resolved(), quiet)
+        launch, notes = bench.launcher(), list[str]()
+
+        def launcher(resolved: Resolved, env: Mapping[str, str]) -> Launch:
+            if manager.status("default").state.alive:
+                raise DoesNotFit("the memory is taken")
+            return replace(launch(resolved, env), notes=("planned",))
+
+        manager = Manager(bench.home, launcher, os.environ, notes.append)
+        assert manager.restart("default", {}, quiet, quiet).status.state is State.RUNNING
+        assert notes == ["planned"]
 
 
 class TestStatus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ziphius.config import Resolved, ServeConfig, override
-from ziphius.errors import AlreadyRunning, InstanceError, PortInUse, StartFailed
+from ziphius.errors import AlreadyRunning, DoesNotFit, InstanceError, PortInUse, StartFailed
 from ziphius.launchers.launcher import Launcher
 from ziphius.manager import logs, process, release, slurm_jobs
 from ziphius.manager.client import Answer
@@ -48,6 +49,8 @@ class Address:
 OnProgress = Callable[[LoadProgress], None]
 OnWait = Callable[[float], None]
 """Hears how many seconds a stop has waited."""
+OnNote = Callable[[str], None]
+"""Hears what a launcher notes of a launch."""
 
 
 class Manager:
@@ -56,10 +59,18 @@ class Manager:
     `watch_of`: how an engine that was started is asked, and its end explained.
     """
 
-    def __init__(self, home: Path, launcher: Launcher, env: Mapping[str, str], watch_of: WatchOf = watch_of) -> None:
+    def __init__(
+        self,
+        home: Path,
+        launcher: Launcher,
+        env: Mapping[str, str],
+        on_note: OnNote = lambda _line: None,
+        watch_of: WatchOf = watch_of,
+    ) -> None:
         self._instances = Instances(home)
         self._launcher = launcher
         self._env = env
+        self._on_note = on_note
         self._watch_of = watch_of
 
     def log_path(self, name: str) -> Path:
@@ -110,12 +121,16 @@ class Manager:
             return self._stop(name, drain_s, on_wait)
 
     def restart(self, name: str, flags: Mapping[str, Any], on_wait: OnWait, on_progress: OnProgress) -> Started:
-        """Stop, then start with the settings on record and `flags` on top. InstanceError without a record."""
+        """Stop, then start with the settings on record and `flags` on top. InstanceError without a record.
+
+        What can be seen to fail is refused before anything is stopped.
+        """
         with self._instances.lock(name, "restart"):
             record = self._instances.read(name)
             if record is None:
                 raise InstanceError(f"no instance {name} was ever started here; use start")
             resolved = _with_absolute_paths(override(record.resolved, flags))
+            self._look_ahead(resolved, record.resolved.config)
             self._stop(name, None, on_wait)
             child, record = self._launch(resolved)
         self._wait_until_healthy(child, record, on_progress)
@@ -153,6 +168,8 @@ class Manager:
         self._end_leftovers(config.name)
         self._refuse_taken_port(config)
         launch = self._launcher(resolved, self._env)
+        for line in launch.notes:
+            self._on_note(line)
         log = self.log_path(config.name)
         logs.rotate(log)
         run_id = uuid.uuid4().hex
@@ -178,6 +195,13 @@ class Manager:
             process.kill(child)
             raise
         return child, record
+
+    def _look_ahead(self, resolved: Resolved, before: ServeConfig) -> None:
+        """Refuse a launch that cannot be, while what runs with `before` still has its memory and its port."""
+        with contextlib.suppress(DoesNotFit):  # perhaps it does, once that memory is free: the launch plans again
+            self._launcher(resolved, self._env)
+        if resolved.config.port != before.port:
+            self._refuse_taken_port(resolved.config)
 
     def _refuse_live(self, name: str) -> None:
         status = self.status(name)
