@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +34,7 @@ def slurm(
     Of a job that was submitted here, status, logs, chat and stop work as of any instance.
     """
     from ziphius.cli_print import note
+    from ziphius.config import words_of
     from ziphius.launchers.engines import refuse_other_engines_options, with_absolute_paths
     from ziphius.launchers.slurm import Allocation, for_job
     from ziphius.manager.slurm import SlurmInstances
@@ -47,7 +47,7 @@ def slurm(
         time_limit=time,
         partition=partition,
         account=account,
-        more=tuple(shlex.split(sbatch or "")),
+        more=words_of(sbatch or "", "sbatch"),
     )
     resolved = for_job(with_absolute_paths(asked), allocation)
     refuse_other_engines_options(resolved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -158,6 +159,14 @@ def override(base: Resolved, flags: Mapping[str, Any]) -> Resolved:
     given = {name: value for name, value in flags.items() if value is not None}
     config = resolve({**asdict(base.config), **given}, env={}).config
     return Resolved(config, {**base.origins, **dict.fromkeys(given, "flag")})
+
+
+def words_of(text: str, option: str) -> tuple[str, ...]:
+    """`text` as a shell splits it. ConfigError, which names the option, for a quotation that does not end."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as e:
+        raise ConfigError(f"{option} cannot be split into words: {e}: {text!r}", param=option) from e
 
 
 def _refuse_unknown_variables(env: Mapping[str, str], known: set[str]) -> None:

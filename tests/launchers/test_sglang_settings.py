@@ -141,6 +141,11 @@ def test_what_is_no_conflict(extra: str) -> None:
     assert made(engine_args=extra)[-len(extra.split()) :] == extra.split()
 
 
+def test_words_that_do_not_end_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine_args cannot be split into words: No closing quotation: .*--x 'a"):
+        made(engine_args="--x 'a")
+
+
 def test_another_config_file_of_sglangs_is_refused() -> None:
     with pytest.raises(ConfigError, match="--config after"):
         made(engine_args="--config x.yaml")

@@ -98,6 +98,12 @@ def test_whether_it_asks_for_cpus(more: tuple[str, ...], asks: bool) -> None:
     assert Allocation(more=more).asks_for_cpus is asks
 
 
+def test_further_options_are_told_as_they_were_given() -> None:
+    assert "\n#SBATCH -p gpu '--comment=a b' --mem 0\n" in script(
+        Allocation(more=("-p", "gpu", "--comment=a b", "--mem", "0"))
+    )
+
+
 def test_an_option_of_two_lines_is_refused() -> None:
     with pytest.raises(ConfigError, match="one line"):
         script(Allocation(more=("--comment=a\nrm -rf /",)))

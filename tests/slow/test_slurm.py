@@ -173,7 +173,7 @@ def test_a_job_is_an_instance(here: SglangBench) -> None:
 
 def test_a_job_that_waits_and_is_stopped_before_it_ran(here: SglangBench) -> None:
     instances, manager = SlurmInstances(here.home, here.env), here.manager()
-    allocation = Allocation(more=("--begin=now+1hour",))
+    allocation = Allocation(more=("--comment=it's one", "--begin", "now+1hour"))
     instances.submit(for_job(here.resolved(), allocation), allocation)
     status = manager.status("default")
     assert status.state is State.STARTING

@@ -6,12 +6,11 @@ queue's limit and the metrics, without which an overloaded server could not be t
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ziphius.config import Resolved, option_fields
+from ziphius.config import Resolved, option_fields, words_of
 from ziphius.engine.ranks import rank_layout
 from ziphius.errors import ConfigError
 
@@ -85,7 +84,7 @@ def arguments(resolved: Resolved, planned: Planned, model: str) -> tuple[str, ..
     """
     config = resolved.config
     _refuse_unknown_to_sglang(resolved)
-    extra = tuple(shlex.split(config.engine_args or ""))
+    extra = words_of(config.engine_args or "", "engine_args")
     _refuse_conflicts(resolved, extra)
     words = ["--model-path", model, "--served-model-name", config.served_model_name or model_name(config.model)]
     for name, flag in _ALWAYS.items():

@@ -99,10 +99,12 @@ def _directives(resolved: Resolved, allocation: Allocation, folder: Path) -> lis
                         ("account", allocation.account)):  # fmt: skip
         if value is not None:
             options.append(f"--{name}={value}")
-    every = [*options, *allocation.more]
-    if any("\n" in option for option in every):
-        raise ConfigError("an option of sbatch must be one line")
-    return [f"#SBATCH {option}" for option in every]
+    if allocation.more:
+        options.append(shlex.join(allocation.more))  # on one line: an option and its value may be two words
+    for option in options:
+        if "\n" in option:
+            raise ConfigError(f"an option of sbatch must be one line, not {option!r}")
+    return [f"#SBATCH {option}" for option in options]
 
 
 def _flags(resolved: Resolved) -> list[str]:
