@@ -248,7 +248,7 @@ class _Server:
         self._service.set_ready(ready)
         mib = 1024 * 1024
         logger.info(
-            "ready on http://%s:%d in %.1f s (%s): context %d tokens, KV cache %d tokens, weights %.0f MiB",
+            "ready on http://%s:%d, loaded in %.1f s (%s): context %d tokens, KV cache %d tokens, weights %.0f MiB",
             self._config.host, self._config.port, ready.load_seconds, ready.device, ready.context_length,
             ready.kv_tokens, ready.weight_bytes / mib,
         )  # fmt: skip

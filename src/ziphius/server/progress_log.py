@@ -25,4 +25,5 @@ class ProgressLog:
             return
         self._phase, self._written_at = progress.phase, now
         percent = f" {100 * progress.done // progress.total}%" if progress.total and progress.done else ""
-        _log.info("%s%s %s", progress.phase, percent, progress.detail)
+        detail = f": {progress.detail}" if progress.detail else ""
+        _log.info("%s%s%s", progress.phase, percent, detail)
