@@ -8,6 +8,7 @@ ZiphiusError
 │   ├── CheckpointError         files missing, truncated, left over or of the wrong shape
 │   └── DownloadError           fetching failed; what was fetched is kept
 ├── DoesNotFit                  the plan says no                                             exit 1
+│   └── LacksMemory             of the memory that is free now; with more of it it may say yes
 ├── InstanceError               a start, stop or look-up of an instance failed               exit 1
 │   ├── AlreadyRunning
 │   ├── PortInUse
@@ -74,6 +75,10 @@ class DownloadError(ModelError):
 
 
 class DoesNotFit(ZiphiusError):
+    pass
+
+
+class LacksMemory(DoesNotFit):
     pass
 
 

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from ziphius.config import Resolved, resolve
-from ziphius.errors import ConfigError, DoesNotFit, ModelError
+from ziphius.errors import ConfigError, DoesNotFit, LacksMemory, ModelError
 from ziphius.launchers import engines
 from ziphius.launchers.engines import engine_launcher, native_in_foreground
 from ziphius.launchers.native_plan import NativeOutlook, plan_native
@@ -38,7 +38,7 @@ def test_what_fits_is_predicted(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused_unless_forced(tmp_path: Path) -> None:
     made, host = asked(tmp_path, tp=2), read_host(DATA / "host-2xh200.json")
-    with pytest.raises(DoesNotFit, match=r"needs 220.20 GiB for weights.*--force starts it all the same"):
+    with pytest.raises(LacksMemory, match=r"needs 220.20 GiB for weights.*--force starts it all the same"):
         planned(made, host)
     forced = planned(made, host, force=True)
     assert forced.predicted_kv_tokens is None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ziphius.config import Resolved, resolve
-from ziphius.errors import DoesNotFit
+from ziphius.errors import DoesNotFit, LacksMemory
 from ziphius.launchers.sglang_plan import Outlook, plan_start
 from ziphius.planner.hardware import Host, parse_gpus, read_host
 
@@ -48,8 +48,14 @@ def test_on_a_cpu_the_weights_must_fit_and_nothing_is_predicted(tmp_path: Path) 
     outlook = planned(made, Host(memory_available_mib=64 * 1024))
     assert not outlook.gpus
     assert (outlook.predicted_kv_tokens, outlook.planned.mem_fraction) == (None, None)
-    with pytest.raises(DoesNotFit, match="--force"):
+    with pytest.raises(LacksMemory, match="--force"):
         planned(made, Host(memory_available_mib=8 * 1024))
     assert "although" in planned(made, Host(memory_available_mib=8 * 1024), force=True).notes[0]
     with pytest.raises(DoesNotFit):
         planned(asked(tmp_path, "llama-3-8b", device="cpu", dtype="float32"), Host(memory_available_mib=24 * 1024))
+
+
+def test_more_gpus_than_there_are_is_no_matter_of_memory(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="8 GPUs are needed, 4 are there") as raised:
+        planned(asked(tmp_path, tp=8), parse_gpus("4xH200"))
+    assert not isinstance(raised.value, LacksMemory)

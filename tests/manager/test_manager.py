@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from ziphius.config import Resolved
-from ziphius.errors import AlreadyRunning, ConfigError, DoesNotFit, InstanceError, PortInUse, StartFailed
+from ziphius.errors import AlreadyRunning, ConfigError, InstanceError, LacksMemory, PortInUse, StartFailed
 from ziphius.launchers.launcher import Launch
 from ziphius.manager import process
 from ziphius.manager.instance import Instances, State
@@ -321,7 +321,7 @@ class TestRestart:
 
         def launcher(resolved: Resolved, env: Mapping[str, str]) -> Launch:
             if manager.status("default").state.alive:
-                raise DoesNotFit("the memory is taken")
+                raise LacksMemory("the memory is taken")
             return replace(launch(resolved, env), notes=("planned",))
 
         manager = Manager(bench.home, launcher, os.environ, notes.append)

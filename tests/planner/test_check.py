@@ -9,7 +9,7 @@ import pytest
 
 from ziphius.config import ServeConfig
 from ziphius.engine.precision import resolve_precision
-from ziphius.errors import ConfigError, DoesNotFit
+from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
 from ziphius.models.config import ModelConfig
 from ziphius.planner.check import check_start, formats_of, request_of
 from ziphius.planner.find_model import ModelSource, Quantization
@@ -78,7 +78,7 @@ def test_deterministic_needs_weights_in_the_dtype(
 def test_what_does_not_fit_is_refused_with_numbers_and_changes(
     v25: ModelConfig, source: MakeSource, host: GetHost
 ) -> None:
-    with pytest.raises(DoesNotFit) as raised:
+    with pytest.raises(LacksMemory) as raised:
         check_start(ServeConfig(), source(v25, name="V2.5"), host("1xh200"), torch_cuda=True)
     message = raised.value.message
     assert message.startswith("V2.5 does not fit here (native, TP 1, bf16): needs 439.10 GiB")
@@ -114,8 +114,9 @@ def test_several_machines_are_taken_to_be_alike(v25: ModelConfig, source: MakeSo
     plan = check_start(four, source(v25), host("1xh200"), torch_cuda=True)
     assert plan.shown is not None
     assert plan.shown.weights == weight_bytes(v25, 4, "bf16")
-    with pytest.raises(DoesNotFit, match="4 GPUs are needed, 1 is there"):
+    with pytest.raises(DoesNotFit, match="4 GPUs are needed, 1 is there") as raised:
         check_start(replace(four, nnodes=1, dist_init_addr=None), source(v25), host("1xh200"), torch_cuda=True)
+    assert not isinstance(raised.value, LacksMemory)  # no memory that is freed brings a GPU
     one, two = times(host("1xh200"), 1), times(host("1xh200"), 2)
     assert [gpu.index for gpu in two.gpus] == [0, 1]
     assert one.memory_available_mib is None or two.memory_available_mib == 2 * one.memory_available_mib

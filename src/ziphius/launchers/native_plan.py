@@ -59,7 +59,7 @@ def plan_native(
         return NativeOutlook()
     except DoesNotFit as e:
         if not force:
-            raise DoesNotFit(f"{e.message}; --force starts it all the same") from e
+            raise type(e)(f"{e.message}; --force starts it all the same") from e
         return NativeOutlook(notes=(f"started although {e.message}",))
     except (ConfigError, ModelError) as e:
         if not force:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ziphius.config import Resolved
-from ziphius.errors import ConfigError, DoesNotFit, ModelError
+from ziphius.errors import ConfigError, ModelError
 from ziphius.launchers.sglang_settings import Planned
 from ziphius.planner.check import refusal, request_of
 from ziphius.planner.find_model import find_model
@@ -49,9 +49,10 @@ def plan_start(
         return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     remote_code = source.config.mla is not None
     if plan.recommendation is None:
+        refused = refusal(plan)
         if not force:
-            raise DoesNotFit(refusal(plan) + "; --force starts it all the same")
-        return Outlook(Planned(None, remote_code), gpus, notes=(f"started although {refusal(plan)}",))
+            raise type(refused)(f"{refused.message}; --force starts it all the same")
+        return Outlook(Planned(None, remote_code), gpus, notes=(f"started although {refused.message}",))
     return _outlook(plan, gpus, remote_code)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ziphius.config import Resolved, ServeConfig, override
-from ziphius.errors import AlreadyRunning, DoesNotFit, InstanceError, PortInUse, StartFailed
+from ziphius.errors import AlreadyRunning, InstanceError, LacksMemory, PortInUse, StartFailed
 from ziphius.launchers.launcher import Launcher
 from ziphius.manager import logs, process, release, slurm_jobs
 from ziphius.manager.client import Answer
@@ -198,7 +198,7 @@ class Manager:
 
     def _look_ahead(self, resolved: Resolved, before: ServeConfig) -> None:
         """Refuse a launch that cannot be, while what runs with `before` still has its memory and its port."""
-        with contextlib.suppress(DoesNotFit):  # perhaps it does, once that memory is free: the launch plans again
+        with contextlib.suppress(LacksMemory):  # it may be there when that is free: the launch plans again
             self._launcher(resolved, self._env)
         if resolved.config.port != before.port:
             self._refuse_taken_port(resolved.config)

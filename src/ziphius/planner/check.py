@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from ziphius.config import ServeConfig
-from ziphius.errors import ConfigError, DoesNotFit
+from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, times
 from ziphius.planner.memory import WeightsFormat
@@ -35,7 +35,7 @@ def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_c
     require_tp(source.config, config.tp, request.weights_format or "bf16", request.engine or "native")
     plan = build_plan(source, times(host, config.nnodes), request)
     if plan.recommendation is None:
-        raise DoesNotFit(refusal(plan))
+        raise refusal(plan)
     return plan
 
 
@@ -87,8 +87,11 @@ def formats_of(config: ServeConfig, device: Device) -> tuple[str, WeightsFormat]
     return dtype, format_of_dtype(dtype)
 
 
-def refusal(plan: Plan) -> str:
-    """One sentence for a person: what was asked, why not, and the nearest changes that would do."""
+def refusal(plan: Plan) -> DoesNotFit:
+    """One sentence for a person: what was asked, why not, and the nearest changes that would do.
+
+    LacksMemory where nothing but memory is missing, which what runs may hold.
+    """
     asked = plan.candidates[0] if plan.candidates else None
     text = f"{plan.model.name} does not fit here"
     if asked is not None:
@@ -96,7 +99,9 @@ def refusal(plan: Plan) -> str:
     if not plan.alternatives and asked is not None and asked.failures:
         text += f"; sizes that divide this model are {', '.join(map(str, plan.valid_tp))}"
     changes = [f"{a.change}: {a.detail}" for a in plan.alternatives]
-    return text + "".join(f"; {change}" for change in changes)
+    text += "".join(f"; {change}" for change in changes)
+    lacks_memory = asked is not None and asked.verdict in ("short", "too_big") and not asked.missing_gpus
+    return LacksMemory(text) if lacks_memory else DoesNotFit(text)
 
 
 def _reason(candidate: Candidate) -> str:
