@@ -76,6 +76,22 @@ def _bounds(length, split, splits, chunk, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _mine(seq_lens, splits, chunk, HEADS: tl.constexpr, EACH: tl.constexpr, BLOCK_H: tl.constexpr,
+          BLOCK_KV: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Begin, on a grid of tokens, EACH heads, splits: (token, heads, where their parts go, first and end of the keys).
+
+    Heads and parts are [BLOCK_H]; some may lie beyond EACH or HEADS.
+    """
+    allow_next(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    h = tl.program_id(1) * EACH + tl.arange(0, BLOCK_H)
+    wait_for_previous(PDL)
+    first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
+    return t, h, (t * HEADS + h) * splits + split, first, end
+
+
+@triton.jit
 def _pages(page_at, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Pages that hold tokens start, ... of a sequence: one if it holds all BLOCK, else as many as BLOCK takes up."""
     if PAGE % BLOCK == 0:
@@ -123,15 +139,9 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table,
     The latent is read as two halves, and a score is three sums: with few heads each is a chain of products in which
     one waits for the other, and one chain would leave the tensor cores idle.
     """
-    allow_next(PDL)
     HALF: tl.constexpr = LORA // 2
-    t = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(2)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     c, r, j = tl.arange(0, HALF), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_KV)
-    wait_for_previous(PDL)
-    first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
-    part = (t * HEADS + h) * splits + split
+    t, h, part, first, end = _mine(seq_lens, splits, chunk, HEADS, BLOCK_H, BLOCK_H, BLOCK_KV, PDL)
     if first >= end:
         tl.store(logs + part, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=h < HEADS)
     else:
@@ -177,14 +187,8 @@ def _mla_keys_first_kernel(
     Scores are [BLOCK_KV, BLOCK_H], sums [LORA, BLOCK_H]. On Hopper these are products of whole warp groups, which
     keep a chain of them busy but wait after each call: so there are few calls.
     """
-    allow_next(PDL)
-    t = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(2)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     c, r, j = tl.arange(0, LORA), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_KV)
-    wait_for_previous(PDL)
-    first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
-    part = (t * HEADS + h) * splits + split
+    t, h, part, first, end = _mine(seq_lens, splits, chunk, HEADS, BLOCK_H, BLOCK_H, BLOCK_KV, PDL)
     if first >= end:
         tl.store(logs + part, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=h < HEADS)
     else:
@@ -218,39 +222,31 @@ def _gqa_kernel(q, k_cache, v_cache, page_table, seq_lens, sums, logs, scale, st
                 BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_KV: tl.constexpr, STAGES: tl.constexpr,
                 PDL: tl.constexpr):  # fmt: skip
     """Grid: tokens, key heads, splits. GROUP query heads share a key head."""
-    allow_next(PDL)
-    t = tl.program_id(0).to(tl.int64)
-    key_head, split = tl.program_id(1), tl.program_id(2)
+    key_head = tl.program_id(1)
     g, d, j = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_KV)
-    h = key_head * GROUP + g
-    wait_for_previous(PDL)
-    first, end = _bounds(tl.load(seq_lens + t), split, splits, chunk, BLOCK_KV)
-    part = (t * HEADS + h) * splits + split
+    t, h, part, first, end = _mine(seq_lens, splits, chunk, HEADS, GROUP, BLOCK_H, BLOCK_KV, PDL)
     if first >= end:
         tl.store(logs + part, tl.full((BLOCK_H,), float("-inf"), tl.float32), mask=g < GROUP)
     else:
         queries = tl.load(q + t * stride_q + tl.minimum(h, HEADS - 1)[:, None] * DIM + d[None, :],
                           mask=(d < DIM)[None, :], other=0.0)  # fmt: skip
         highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        weight = tl.zeros((BLOCK_H,), tl.float32)
+        weights = tl.zeros((BLOCK_H, BLOCK_KV), tl.float32)
         acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+        page_at = page_table + t * stride_table
+        pages = _pages(page_at, first, end, PAGE, BLOCK_KV)
         for start in tl.range(first, end, BLOCK_KV, num_stages=STAGES):
-            position = start + j
-            seen = position < end
-            page = tl.load(page_table + t * stride_table + position // PAGE, mask=seen, other=0)
-            slot = page.to(tl.int64) * PAGE + position % PAGE
+            seen = start + j < end
+            slot = _slots(pages, start, PAGE, BLOCK_KV)
+            pages = _pages(page_at, start + BLOCK_KV, end, PAGE, BLOCK_KV)
             at = (slot * (HEADS // GROUP) + key_head)[:, None] * DIM + d[None, :]
             inside = seen[:, None] & (d < DIM)[None, :]
             keys = tl.load(k_cache + at, mask=inside, other=0.0)
             values = tl.load(v_cache + at, mask=inside, other=0.0)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            higher = tl.maximum(highest, tl.max(scores, axis=1))
-            faded = tl.exp2(highest - higher)
-            scores = tl.exp2(scores - higher[:, None])
-            weight = weight * faded + tl.sum(scores, axis=1)
-            acc = tl.dot(scores.to(values.dtype), values, acc * faded[:, None], input_precision="ieee")
-            highest = higher
+            scores, faded, highest, weights = _weigh(scores, seen, highest, weights, 1)
+            acc = tl.dot(scores.to(values.dtype), values, acc * faded, input_precision="ieee")
+        weight = tl.sum(weights, axis=1)
         at = sums + part[:, None] * DIM + d[None, :]
         inside = (g < GROUP)[:, None] & (d < DIM)[None, :]
         tl.store(at, (acc / weight[:, None]).to(sums.dtype.element_ty), mask=inside)
