@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import torch
 from ziphius.config import ServeConfig
 from ziphius.engine.channel import MemoryChannel
 from ziphius.engine.loading import LoadedRank, load_rank
-from ziphius.engine.ranks import rank_specs
+from ziphius.engine.ranks import rank_environment, rank_specs
 from ziphius.engine.spec import WorkerSpec
 from ziphius.engine.team import join_team, select_device
 from ziphius.messages import AddRequest, RequestOutput, SamplingParams, StepOutput
@@ -101,6 +102,7 @@ def rank_main(spec: WorkerSpec, requests: list[dict[str, Any]], folder: str, ncc
 def run(job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="zr-") as folder:
         config = ServeConfig(**job["config"])
+        os.environ.update(rank_environment(config, os.environ))  # as ranks of a server have it
         specs = rank_specs(config, config.model, Path(folder))
         context = multiprocessing.get_context("fork")
         ranks = [

@@ -9,6 +9,7 @@ they differ, or there is no marker, or a full check is asked for, it is hashed a
 from __future__ import annotations
 
 import fcntl
+import fnmatch
 import hashlib
 import logging
 import os
@@ -308,9 +309,9 @@ def _still_running(process: subprocess.Popen[bytes]) -> bool:
 def _largest_wheel(scratch: Path) -> int:
     sizes = [0]
     for folder, _, names in os.walk(scratch):  # which passes over folders that pip removes meanwhile
-        for name in names:
+        for wheel in fnmatch.filter(names, "*.whl"):
             with suppress(OSError):  # pip moves it meanwhile
-                sizes.append(os.stat(os.path.join(folder, name)).st_size if name.endswith(".whl") else 0)
+                sizes.append(Path(folder, wheel).stat().st_size)
     return max(sizes)
 
 
