@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ziphius.config import ServeConfig
 from ziphius.distributed import ParallelState, Rendezvous, join
-from ziphius.engine.ranks import rank_environment
+from ziphius.ranks.layout import rank_environment
 
 _IN_A_GRAPH = 100
 

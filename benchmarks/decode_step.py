@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from ziphius.attention.select import make_backend
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
 from ziphius.distributed import SINGLE
 from ziphius.engine.channel import MemoryChannel
@@ -38,14 +39,13 @@ from ziphius.engine.model_runner import ModelRunner
 from ziphius.engine.precision import resolve_precision
 from ziphius.engine.row_table import DecodePlan, RowTable
 from ziphius.engine.sampler import Sampler
+from ziphius.ipc.messages import AbortRequest, AddRequest, RequestOutput, SamplingParams, StepOutput
 from ziphius.kernels.gpu.routing import Routes
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.cuda_ops import CudaOps
 from ziphius.layers.layer import Layer
 from ziphius.layers.select import make_linear_format
-from ziphius.messages import AbortRequest, AddRequest, RequestOutput, SamplingParams, StepOutput
 from ziphius.models.causal_lm import CausalLM, make_model
-from ziphius.models.config import ModelConfig
 from ziphius.models.dummy import fill_dummy
 from ziphius.planner.memory import GIB, weight_bytes
 from ziphius.planner.roofline import decode_bytes

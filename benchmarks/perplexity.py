@@ -16,8 +16,8 @@ import math
 from pathlib import Path
 
 from ziphius.config import DEFAULT_MODEL
+from ziphius.ipc.messages import SamplingParams
 from ziphius.llm import LLM
-from ziphius.messages import SamplingParams
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 QUESTION = "What is the capital of France?"

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ziphius.checkpoint.config import ModelConfig, MoEConfig
 from ziphius.kernels.gpu import combine, experts, flash_prefill, gemv, mla_inputs, paged_decode, routing, skinny
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.experts import ExpertMatrices, GroupedConfig, PairConfig
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.skinny import SkinnyConfig
 from ziphius.kernels.gpu.tuning import Tuned
-from ziphius.models.config import ModelConfig, MoEConfig
 
 Launch = Callable[[], object]
 TUNED = Path(experts.__file__).parent / "tuned"

@@ -24,8 +24,8 @@ from decode_step import Bench, Load, build, parse
 from triton.runtime.errors import OutOfResources
 from tune_kernels import TUNED, known, layout
 
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.experts import GroupedConfig, PairConfig
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.paged_decode import MLAConfig, SplitPlan
 from ziphius.kernels.gpu.tuning import ExpertsPlan, GroupedPlan, Tuned
 

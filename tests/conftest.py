@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from ziphius.checkpoint import pull
 from ziphius.config import DEFAULT_MODEL
+from ziphius.installation import ziphius_home
 from ziphius.kernels.cpu.cache import kernel_cache_folder
-from ziphius.models import pull
-from ziphius.paths import ziphius_home
 
 # Compiled CPU kernels, for this process and the workers it starts: each test's own home would compile them anew.
 _KERNELS = kernel_cache_folder(ziphius_home(os.environ))

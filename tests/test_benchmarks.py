@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 SERVING = Path(__file__).parents[1] / "benchmarks" / "serving.py"
-sys.path.insert(0, str(Path(__file__).with_name("server")))
+sys.path.insert(0, str(Path(__file__).with_name("frontend")))
 
 import server_fakes as fakes  # noqa: E402
 from running_server import MODEL, RunningServer  # noqa: E402

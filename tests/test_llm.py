@@ -10,8 +10,8 @@ import pytest
 from tests.end_to_end.small_v25 import PUBLISHED, SMALLER
 
 from ziphius.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelError, ModelNotFound
+from ziphius.ipc.messages import SamplingParams
 from ziphius.llm import LLM
-from ziphius.messages import SamplingParams
 
 BYTES = 256
 END = BYTES

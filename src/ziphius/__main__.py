@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ziphius.cli import main
+from ziphius.cli.app import main
 
 __all__ = ["main"]
 

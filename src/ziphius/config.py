@@ -107,7 +107,7 @@ def env_name(name: str) -> str:
 
 
 _NOT_OPTIONS = ("ZIPHIUS_HOME", "ZIPHIUS_RUN_ID")
-"""Variables with other readers: `ziphius.paths` and the manager. ZIPHIUS_TEST_* is the test suite's."""
+"""Variables with other readers: `ziphius.installation` and the manager. ZIPHIUS_TEST_* is the test suite's."""
 
 
 def default_config_file(env: Mapping[str, str]) -> Path | None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from ziphius.checkpoint.checkpoint import open_configured
 from ziphius.config import resolve
 from ziphius.engine.channel import MemoryChannel
 from ziphius.engine.loading import load_rank
 from ziphius.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, ModelError
-from ziphius.messages import (
+from ziphius.installation import ziphius_home
+from ziphius.ipc.messages import (
     AbortRequest,
     AddRequest,
     FinishKind,
@@ -25,8 +27,6 @@ from ziphius.messages import (
     StepOutput,
     TokenLogprob,
 )
-from ziphius.models.checkpoint import open_configured
-from ziphius.paths import ziphius_home
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 _DEFAULT_NEW_TOKENS = 128

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from tests.tokenizer.v25_tokenizer import write_v25_tokenizer
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
 from ziphius.layers.quantization import DenseFormat
 from ziphius.models.causal_lm import make_model
-from ziphius.models.config import ModelConfig
 
 PUBLISHED = Path(__file__).parents[1] / "planner" / "data" / "deepseek-v2.5-1210.json"
 SMALLER: dict[str, Any] = {

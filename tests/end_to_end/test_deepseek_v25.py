@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from tests.checkpoint.stand_in_hub import GOOD_TOKEN, Fault, StandInHub
 from tests.end_to_end.conftest import (
     Installation,
     Server,
@@ -29,11 +30,10 @@ from tests.end_to_end.conftest import (
     wait_until,
 )
 from tests.end_to_end.small_v25 import SHARDS, write_small_v25
-from tests.models.stand_in_hub import GOOD_TOKEN, Fault, StandInHub
 from tests.shared_memory import SharedMemory
 
+from ziphius.ipc.messages import SamplingParams
 from ziphius.llm import LLM
-from ziphius.messages import SamplingParams
 
 MODEL = "deepseek-ai/DeepSeek-V2.5-1210"
 ROOT = Path(__file__).parents[2]

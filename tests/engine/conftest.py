@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ziphius.checkpoint.checkpoint import open_checkpoint
 from ziphius.config import ServeConfig
 from ziphius.engine.channel import MemoryChannel
 from ziphius.engine.engine import Engine
 from ziphius.engine.loading import LoadedRank, load_rank
-from ziphius.messages import (
+from ziphius.ipc.messages import (
     AddRequest,
     Finish,
     FromEngine,
@@ -29,7 +30,6 @@ from ziphius.messages import (
     ToEngine,
     TokenLogprob,
 )
-from ziphius.models.checkpoint import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 

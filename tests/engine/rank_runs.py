@@ -19,14 +19,14 @@ from typing import Any
 import msgspec
 import torch
 
+from ziphius.checkpoint.checkpoint import open_checkpoint
 from ziphius.config import ServeConfig
 from ziphius.engine.channel import MemoryChannel
 from ziphius.engine.loading import LoadedRank, load_rank
-from ziphius.engine.ranks import rank_environment, rank_specs
-from ziphius.engine.spec import WorkerSpec
 from ziphius.engine.team import join_team, select_device
-from ziphius.messages import AddRequest, RequestOutput, SamplingParams, StepOutput
-from ziphius.models.checkpoint import open_checkpoint
+from ziphius.ipc.messages import AddRequest, RequestOutput, SamplingParams, StepOutput
+from ziphius.ranks.layout import rank_environment, rank_specs
+from ziphius.ranks.spec import WorkerSpec
 
 _PATIENCE_S = 120
 

@@ -11,7 +11,7 @@ import torch
 
 from ziphius.engine.loading import LoadedRank
 from ziphius.engine.sampler import SampledTokens, Sampler
-from ziphius.messages import AddRequest, SamplingParams
+from ziphius.ipc.messages import AddRequest, SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

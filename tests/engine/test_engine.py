@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ziphius.engine.loading import LoadedRank
-from ziphius.messages import (
+from ziphius.ipc.messages import (
     AbortRequest,
     AddRequest,
     EngineStats,

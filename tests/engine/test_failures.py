@@ -10,7 +10,7 @@ import torch
 
 from ziphius.engine.loading import LoadedRank
 from ziphius.errors import EngineFailed
-from ziphius.messages import AddRequest, ScheduledBatch
+from ziphius.ipc.messages import AddRequest, ScheduledBatch
 from ziphius.scheduler.scheduler import StepResult
 
 Add = Callable[..., AddRequest]

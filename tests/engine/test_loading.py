@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from ziphius.checkpoint.checkpoint import open_checkpoint
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
 from ziphius.engine import loading
 from ziphius.engine.loading import LoadedRank, load_rank, plan_pool
 from ziphius.engine.precision import Precision, resolve_precision
 from ziphius.errors import CheckpointError, ConfigError, DoesNotFit
-from ziphius.messages import LoadProgress
-from ziphius.models.checkpoint import open_checkpoint
-from ziphius.models.config import ModelConfig
+from ziphius.ipc.messages import LoadProgress
 
 Load = Callable[..., LoadedRank]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ziphius.engine.row_table import RowTable
-from ziphius.messages import NewRow, RowWork, SamplingParams
+from ziphius.ipc.messages import NewRow, RowWork, SamplingParams
 
 
 def new_row(row: int, pages: list[int], prompt: list[int], **options: Any) -> NewRow:

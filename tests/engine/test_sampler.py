@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ziphius.engine.sampler import SampledTokens, Sampler, uniform
-from ziphius.messages import SamplingParams, TokenLogprob
+from ziphius.ipc.messages import SamplingParams, TokenLogprob
 
 CPU = torch.device("cpu")
 VOCAB = 300

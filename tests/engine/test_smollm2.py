@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from ziphius.checkpoint import pull
+from ziphius.checkpoint.gguf import GGUFSource
 from ziphius.config import DEFAULT_MODEL
 from ziphius.engine.loading import LoadedRank
-from ziphius.messages import AddRequest
-from ziphius.models import pull
-from ziphius.models.gguf import GGUFSource
-from ziphius.paths import ziphius_home
+from ziphius.installation import ziphius_home
+from ziphius.ipc.messages import AddRequest
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 Add = Callable[..., AddRequest]

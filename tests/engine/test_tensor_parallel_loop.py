@@ -16,7 +16,7 @@ from ziphius.engine.follower import Follower
 from ziphius.engine.loading import LoadedRank
 from ziphius.engine.team import Team
 from ziphius.errors import ConfigError, EngineFailed, RankLost
-from ziphius.messages import AddRequest, ScheduledBatch, Shutdown, StepOutput
+from ziphius.ipc.messages import AddRequest, ScheduledBatch, Shutdown, StepOutput
 from ziphius.scheduler.scheduler import Sampled, Scheduler, StepResult
 
 Add = Callable[..., AddRequest]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from ziphius.config import ServeConfig
-from ziphius.engine.spec import WorkerSpec, encode_spec, worker_command, worker_environment
-from ziphius.ipc import FrontendChannel, socket_address
-from ziphius.messages import AddRequest, Fatal, FromEngine, LoadProgress, Ready, Shutdown, StepOutput
+from ziphius.ipc.messages import AddRequest, Fatal, FromEngine, LoadProgress, Ready, Shutdown, StepOutput
+from ziphius.ipc.sockets import FrontendChannel, socket_address
+from ziphius.ranks.spec import WorkerSpec, encode_spec, worker_command, worker_environment
 
 Add = Callable[..., AddRequest]
 _DEADLINE_S = 120

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE, ParallelState
 from ziphius.errors import ConfigError
 from ziphius.kv_cache.kv_pool import KVCache, KVPool, LatentCache
-from ziphius.models.config import ModelConfig
 from ziphius.planner.memory import kv_bytes_per_token
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from ziphius.errors import ConfigError, StartFailed
+from ziphius.ipc.messages import LoadProgress
 from ziphius.manager import process
 from ziphius.manager.instance import State
-from ziphius.messages import LoadProgress
 
 if TYPE_CHECKING:
     from conftest import SglangBench

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ziphius.checkpoint.config import MoEConfig
 from ziphius.distributed import ParallelState
 from ziphius.kernels.routing_reference import select_experts
 from ziphius.layers.context import LayerContext
 from ziphius.layers.moe import RoutedExperts
 from ziphius.layers.ops import TorchOps
 from ziphius.layers.quantization import DenseFormat, Int8Format, LinearFormat
-from ziphius.models.config import MoEConfig
 
 GREEDY = MoEConfig(
     n_routed_experts=8,

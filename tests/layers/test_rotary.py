@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from ziphius.checkpoint.config import Llama3RopeConfig, YarnConfig
 from ziphius.layers.ops import TorchOps
 from ziphius.layers.rotary import RotaryEmbedding, yarn_mscale, yarn_rotary_scale, yarn_softmax_scale
-from ziphius.models.config import Llama3RopeConfig, YarnConfig
 
 CPU = torch.device("cpu")
 V25 = YarnConfig(40.0, 4096, 32.0, 1.0, mscale=1.0, mscale_all_dim=1.0)

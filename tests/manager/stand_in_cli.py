@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from ziphius import cli
+from ziphius.cli import app as cli
 from ziphius.config import Resolved
 from ziphius.launchers import native
 from ziphius.launchers.launcher import Launch

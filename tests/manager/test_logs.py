@@ -95,7 +95,7 @@ def test_the_last_error_is_the_reason(tmp_path: Path, code: str, reason: str | N
 def test_the_frontend_is_believed_before_the_ranks(tmp_path: Path) -> None:
     """Ranks that fail together write in any order; only the frontend knows whose failure was the cause."""
     ranks = "".join(f"logging.getLogger('ziphius.engine.worker').error('rank {rank} failed: boom');" for rank in (0, 1))
-    frontend = "logging.getLogger('ziphius.server.launch').error('rank 1: boom');"
+    frontend = "logging.getLogger('ziphius.frontend.serve').error('rank 1: boom');"
     run_logging(tmp_path / "log", ranks)
     assert logs.last_error(tmp_path / "log") == "rank 1 failed: boom"
     run_logging(tmp_path / "log", frontend + ranks)

@@ -18,11 +18,11 @@ import pytest
 
 from ziphius.config import Resolved
 from ziphius.errors import AlreadyRunning, ConfigError, InstanceError, LacksMemory, PortInUse, StartFailed
+from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers.launcher import Launch
 from ziphius.manager import process
 from ziphius.manager.instance import Instances, State
 from ziphius.manager.manager import Manager
-from ziphius.messages import LoadProgress
 
 if TYPE_CHECKING:
     from conftest import Bench

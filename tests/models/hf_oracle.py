@@ -15,12 +15,12 @@ from torch import Tensor
 from ziphius.attention.backend import AttentionBackend
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.torch_reference import TorchBackend
+from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.distributed import SINGLE
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.models.causal_lm import CausalLM
-from ziphius.models.config import ModelConfig
 from ziphius.models.loader import load_model
-from ziphius.models.safetensors_source import SafetensorsSource
 
 CPU = torch.device("cpu")
 VOCAB = 96

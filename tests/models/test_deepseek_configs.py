@@ -11,11 +11,11 @@ import pytest
 import torch
 from hf_oracle import CPU, VOCAB, Session, Tiny, difference, make_tiny, prompt
 
+from ziphius.checkpoint.config import ModelConfig, YarnConfig
 from ziphius.errors import ContextLengthExceeded
+from ziphius.ipc.messages import SamplingParams
 from ziphius.layers.rotary import RotaryEmbedding
 from ziphius.llm import LLM
-from ziphius.messages import SamplingParams
-from ziphius.models.config import ModelConfig, YarnConfig
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,12 +12,12 @@ import torch
 from hf_oracle import CPU, VOCAB, Session, Tiny, difference, make_tiny, prompt
 from torch import Tensor
 
+from ziphius.checkpoint.config import ModelConfig, MoEConfig, YarnConfig
+from ziphius.checkpoint.gguf import GGUFSource, model_config
+from ziphius.checkpoint.gguf_file import GGUFFile
 from ziphius.distributed import SINGLE
 from ziphius.layers.select import make_ops
 from ziphius.models.causal_lm import CausalLM
-from ziphius.models.config import ModelConfig, MoEConfig, YarnConfig
-from ziphius.models.gguf import GGUFSource, model_config
-from ziphius.models.gguf_file import GGUFFile
 from ziphius.models.loader import load_model
 
 LLAMA: dict[str, Any] = {

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.torch_reference import TorchBackend
+from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.weight_source import Rows, StoredTensor
 from ziphius.distributed import SINGLE, ParallelState
 from ziphius.errors import CheckpointError, ConfigError
+from ziphius.ipc.messages import LoadProgress
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.layer import Layer
 from ziphius.layers.quantization import DenseFormat
-from ziphius.messages import LoadProgress
 from ziphius.models.causal_lm import CausalLM, make_model
-from ziphius.models.config import ModelConfig
 from ziphius.models.deepseek_v2 import DeepseekV2ForCausalLM
 from ziphius.models.llama import LlamaForCausalLM
 from ziphius.models.loader import load_model, make_dummy
-from ziphius.models.weight_source import Rows, StoredTensor
 from ziphius.planner.memory import weight_bytes
 
 CPU = torch.device("cpu")

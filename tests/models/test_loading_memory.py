@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
 from ziphius.layers.quantization import DenseFormat
 from ziphius.models.causal_lm import make_model
-from ziphius.models.config import ModelConfig
 
 CONFIG = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -49,9 +49,9 @@ import re, sys
 from pathlib import Path
 import torch
 from ziphius.distributed import ParallelState
-from ziphius.models.config import ModelConfig
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.models.loader import load_model
-from ziphius.models.safetensors_source import SafetensorsSource
+from ziphius.checkpoint.safetensors_source import SafetensorsSource
 
 def memory(what):
     return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

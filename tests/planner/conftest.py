@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ziphius.models.config import ModelConfig
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, read_host
 

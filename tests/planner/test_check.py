@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
 from ziphius.engine.precision import resolve_precision
 from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
-from ziphius.models.config import ModelConfig
 from ziphius.planner.check import check_start, formats_of, request_of
 from ziphius.planner.find_model import ModelSource, Quantization
 from ziphius.planner.hardware import Host, times

@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ziphius.cli_plan import register
+from ziphius.cli.plan import register
 from ziphius.planner.hardware import read_host
 
 
@@ -156,7 +156,7 @@ def test_doctor(run, tmp_path: Path) -> None:
 
 def test_torch_is_not_imported(v25_folder: Path) -> None:
     script = (
-        "import sys, typer\nfrom ziphius.cli_plan import register\napp = typer.Typer()\nregister(app)\n"
+        "import sys, typer\nfrom ziphius.cli.plan import register\napp = typer.Typer()\nregister(app)\n"
         "try:\n    app()\nfinally:\n    heavy = {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
         "    assert not heavy, heavy\n"
     )

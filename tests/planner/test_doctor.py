@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ziphius.planner.doctor import Disk, Facts, Finding, collect, judge
+from ziphius.manager.doctor import Disk, Facts, Finding, collect, judge
 from ziphius.planner.hardware import Host
 from ziphius.planner.memory import GIB, MIB
 from ziphius.planner.software import Package, TorchBuild, packages, parse_torch_version, torch_build

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.models.stand_in_hub import StandInHub
+from tests.checkpoint.stand_in_hub import StandInHub
 
 from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
 from ziphius.planner.find_model import Quantization, find_model, hub_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ziphius.models.config import ModelConfig
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.planner.memory import (
     GIB,
     BatchLimits,

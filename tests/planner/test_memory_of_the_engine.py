@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE, ParallelState
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import make_linear_format
 from ziphius.models.causal_lm import make_model
-from ziphius.models.config import ModelConfig
 from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, weight_bytes
 
 CPU = torch.device("cpu")

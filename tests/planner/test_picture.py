@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ziphius.models.config import ModelConfig
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host
 from ziphius.planner.picture import bars

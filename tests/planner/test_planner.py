@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import ConfigError
-from ziphius.models.config import ModelConfig
 from ziphius.planner.abilities import Abilities, abilities
 from ziphius.planner.find_model import ModelSource, Quantization
 from ziphius.planner.hardware import Host, parse_gpus

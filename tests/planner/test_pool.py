@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import DoesNotFit
-from ziphius.models.config import ModelConfig
 from ziphius.planner.memory import GIB, PoolLimits, kv_pool_tokens, pool_room
 
 CPU = PoolLimits(

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ziphius.models.config import ModelConfig
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.planner.hardware import CARDS
 from ziphius.planner.roofline import active_parameters, decode_bytes, expected_distinct_experts, roofline
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import ConfigError
-from ziphius.models.config import ModelConfig
 from ziphius.planner.validity import block_failures, require_tp, tp_failures, valid_tp_sizes
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ziphius.messages import AddRequest, Finish, SamplingParams, ScheduledBatch, TokenLogprob
+from ziphius.ipc.messages import AddRequest, Finish, SamplingParams, ScheduledBatch, TokenLogprob
 from ziphius.scheduler.scheduler import Sampled, Scheduler, StepResult
 
 VOCAB = 12

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ziphius.messages import SamplingParams
+from ziphius.ipc.messages import SamplingParams
 
 
 def test_the_youngest_gives_way_and_comes_back_with_the_same_answer(simulate):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ziphius.messages import AddRequest, SamplingParams
+from ziphius.ipc.messages import AddRequest, SamplingParams
 from ziphius.scheduler.scheduler import Sampled, Scheduler, StepResult
 
 EOS = 99

@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from ziphius.errors import ImageError, StartFailed
+from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers.image import build_trouble, read_record
 from ziphius.manager import image_build, process
 from ziphius.manager.instance import State
-from ziphius.messages import LoadProgress
 
 if TYPE_CHECKING:
     from conftest import SglangBench

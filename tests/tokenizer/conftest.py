@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tests.tokenizer.v25_tokenizer import v2_tokenizer_folder, write_v25_tokenizer
 
+from ziphius.checkpoint.checkpoint import open_checkpoint
 from ziphius.config import DEFAULT_MODEL
-from ziphius.models.checkpoint import open_checkpoint
-from ziphius.paths import ziphius_home
+from ziphius.installation import ziphius_home
 from ziphius.tokenizer.files import TokenizerFiles, read_tokenizer_folder
 from ziphius.tokenizer.tokenizer import Tokenizer
 

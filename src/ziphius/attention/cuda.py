@@ -18,8 +18,8 @@ from torch import Tensor
 from ziphius.attention.backend import ProjectedTokens
 from ziphius.attention.batch import ForwardBatch
 from ziphius.kernels.gpu.combine import combine, combine_values
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.flash_prefill import Tiles, flash_prefill, make_tiles
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.mla_inputs import NewTokens, decode_inputs, prompt_inputs
 from ziphius.kernels.gpu.paged_decode import FIXED_SPLIT, Paged, gqa_parts, mla_parts, split_plan
 from ziphius.kernels.gpu.tuning import Tuned

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
-from ziphius.messages import FromEngine, ToEngine
+from ziphius.ipc.messages import FromEngine, ToEngine
 
 
 class Channel(Protocol):
-    """rank 0's end. `ziphius.ipc.EngineChannel` between processes."""
+    """rank 0's end. `ziphius.ipc.sockets.EngineChannel` between processes."""
 
     def send(self, message: FromEngine) -> None: ...
 

@@ -20,7 +20,7 @@ from ziphius.attention.batch import ForwardBatch
 from ziphius.engine.row_table import DecodePlan
 from ziphius.kernels.gpu.argmax import argmax_into
 from ziphius.kernels.gpu.decode_batch import HEADER, DecodeTensors, pack, unpack
-from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.models.causal_lm import CausalLM
 

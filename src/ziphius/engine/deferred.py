@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziphius.engine.engine import Runner
-from ziphius.messages import ScheduledBatch
+from ziphius.ipc.messages import ScheduledBatch
 from ziphius.scheduler.scheduler import StepResult
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ziphius.engine.channel import Channel
 from ziphius.errors import EngineFailed, RankLost
-from ziphius.messages import (
+from ziphius.ipc.messages import (
     AbortRequest,
     AddRequest,
     FlushCache,

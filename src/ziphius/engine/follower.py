@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ziphius.engine.engine import Runner, Step
-from ziphius.messages import ScheduledBatch, Shutdown
+from ziphius.ipc.messages import ScheduledBatch, Shutdown
 
 
 class Follower:

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ziphius.attention.select import make_backend
+from ziphius.checkpoint.checkpoint import Checkpoint
+from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.gguf import GGUFSource
+from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.config import ServeConfig
 from ziphius.distributed import ParallelState
 from ziphius.engine.channel import Channel, MemoryChannel
@@ -25,16 +29,12 @@ from ziphius.engine.row_table import RowTable
 from ziphius.engine.sampler import Sampler
 from ziphius.engine.team import Team
 from ziphius.errors import ConfigError, DoesNotFit, EngineFailed
+from ziphius.ipc.messages import AddRequest, LoadProgress, Ready, SamplingParams, StepOutput
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import has_gpu_kernels
-from ziphius.messages import AddRequest, LoadProgress, Ready, SamplingParams, StepOutput
 from ziphius.models.causal_lm import CausalLM
-from ziphius.models.checkpoint import Checkpoint
-from ziphius.models.config import ModelConfig
-from ziphius.models.gguf import GGUFSource
 from ziphius.models.llama import LlamaForCausalLM
 from ziphius.models.loader import WeightSource, load_model, make_dummy
-from ziphius.models.safetensors_source import SafetensorsSource
 from ziphius.planner.evaluate import SHORTEST_CONTEXT
 from ziphius.planner.measured import compare
 from ziphius.planner.memory import (

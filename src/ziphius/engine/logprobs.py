@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ziphius.messages import TokenLogprob
+from ziphius.ipc.messages import TokenLogprob
 
 
 @dataclass(slots=True)

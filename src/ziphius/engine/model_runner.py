@@ -15,8 +15,8 @@ from ziphius.engine.logprobs import LogprobTensors, compute_logprobs
 from ziphius.engine.row_table import DecodePlan, PromptLogprobWork, RowTable
 from ziphius.engine.sampler import SampledTokens, Sampler
 from ziphius.engine.transfer import download, upload
+from ziphius.ipc.messages import ScheduledBatch, TokenLogprob
 from ziphius.kv_cache.kv_pool import KVPool
-from ziphius.messages import ScheduledBatch, TokenLogprob
 from ziphius.models.causal_lm import CausalLM
 from ziphius.scheduler.scheduler import Sampled, StepResult
 

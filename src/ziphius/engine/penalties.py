@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ziphius.engine.transfer import upload
-from ziphius.messages import SamplingParams
+from ziphius.ipc.messages import SamplingParams
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ziphius.attention.batch import ForwardBatch
 from ziphius.engine.transfer import upload
-from ziphius.messages import NewRow, RowWork
+from ziphius.ipc.messages import NewRow, RowWork
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ziphius.engine.logprobs import LogprobTensors, compute_logprobs
 from ziphius.engine.penalties import LogitAdjuster
 from ziphius.engine.transfer import upload
-from ziphius.messages import SamplingParams
+from ziphius.ipc.messages import SamplingParams
 
 _GREEDY_BELOW = 1e-6
 """Temperatures below this are 0: dividing by them would leave one token anyway."""

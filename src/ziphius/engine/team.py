@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 
 from ziphius.distributed import SINGLE, ParallelState, Rendezvous, join
-from ziphius.engine.spec import WorkerSpec
 from ziphius.errors import ConfigError
-from ziphius.ipc_ranks import BatchReceiver, BatchSender
-from ziphius.messages import ScheduledBatch, Shutdown
+from ziphius.ipc.messages import ScheduledBatch, Shutdown
+from ziphius.ipc.sockets import BatchReceiver, BatchSender
+from ziphius.ranks.spec import WorkerSpec
 
 _BATCHES_KEY = "batches"
 

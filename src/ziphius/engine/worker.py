@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ziphius import log
-from ziphius.engine.heartbeat import SERVING, STARTING, Heartbeat, beat_interval
-from ziphius.engine.spec import WorkerSpec, cpu_threads, decode_spec
 from ziphius.errors import EngineFailed, RankLost, ZiphiusError
-from ziphius.ipc import EngineChannel
-from ziphius.messages import Fatal, LoadProgress
+from ziphius.ipc.messages import Fatal, LoadProgress
+from ziphius.ipc.sockets import EngineChannel
+from ziphius.ranks.heartbeat import SERVING, STARTING, Heartbeat, beat_interval
+from ziphius.ranks.spec import WorkerSpec, cpu_threads, decode_spec
 
 if TYPE_CHECKING:
     from ziphius.engine.loading import LoadedRank
@@ -123,10 +123,10 @@ def _serve(spec: WorkerSpec, channel: EngineChannel | None, heart: Heartbeat | N
 def _load(spec: WorkerSpec, report: _Reporter, team: Team) -> LoadedRank:
     import torch
 
+    from ziphius.checkpoint.checkpoint import open_checkpoint
     from ziphius.engine.loading import load_rank
+    from ziphius.installation import ziphius_home
     from ziphius.kernels.cpu.cache import kernel_cache_folder
-    from ziphius.models.checkpoint import open_checkpoint
-    from ziphius.paths import ziphius_home
 
     home = ziphius_home(os.environ)
     kernels = kernel_cache_folder(home)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ziphius.models.config import MoEConfig
+from ziphius.checkpoint.config import MoEConfig
 
 
 def select_experts(logits: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:

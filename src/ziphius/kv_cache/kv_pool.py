@@ -10,8 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import ParallelState
-from ziphius.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ziphius.config import Resolved
-from ziphius.engine.ranks import rank_layout
 from ziphius.errors import ConfigError, DoesNotFit, DownloadError, ModelError, ModelNotFound
 from ziphius.planner.check import check_start
 from ziphius.planner.find_model import find_model
 from ziphius.planner.hardware import Host
 from ziphius.planner.plan import Plan
+from ziphius.ranks.layout import rank_layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import msgspec
 
 from ziphius.config import DEFAULT_MODEL, Resolved
 from ziphius.errors import ConfigError
+from ziphius.installation import instances_folder, ziphius_home
 from ziphius.launchers.apptainer import Apptainer, find_program
 from ziphius.launchers.docker import Docker
 from ziphius.launchers.image import DEFAULT_SOURCE
@@ -19,7 +20,6 @@ from ziphius.launchers.launcher import Launch, PrivateFile
 from ziphius.launchers.local import Local
 from ziphius.launchers.sglang_plan import Outlook
 from ziphius.launchers.sglang_settings import Planned, arguments, threads_environment
-from ziphius.paths import instances_folder, ziphius_home
 from ziphius.planner.find_model import hub_cache, hub_home
 
 DEFAULT_IMAGE = "sglang.sif"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ziphius.messages import LoadProgress
+from ziphius.ipc.messages import LoadProgress
 
 STAMP = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[^\]]*\] ")
 _SHARDS = re.compile(r"shards:\s+\d+% Completed \| (\d+)/(\d+)")

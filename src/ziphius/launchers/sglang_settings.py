@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ziphius.config import Resolved, option_fields, words_of
-from ziphius.engine.ranks import rank_layout
 from ziphius.errors import ConfigError
+from ziphius.ranks.layout import rank_layout
 
 _SAME = {
     "context_length": "--context-length",

@@ -12,7 +12,7 @@ from typing import Any
 
 from ziphius.config import Resolved, option_fields
 from ziphius.errors import ConfigError
-from ziphius.paths import ziphius_home
+from ziphius.installation import ziphius_home
 
 DRAIN_SIGNAL = "URG"
 """What `ziphius serve` takes for a wish to drain, as Slurm names it. Slurm sends signals to every process of a job:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ziphius.checkpoint.config import MoEConfig
 from ziphius.distributed import ParallelState
 from ziphius.kernels.gpu import activation, experts, norm, rotary, routing
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.experts import ExpertMatrices, PairConfig
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.routing import Routes
 from ziphius.kernels.gpu.tuning import ExpertsPlan, GroupedPlan
 from ziphius.layers.cuda_weights import CudaKernels
 from ziphius.layers.quantization import DenseExperts, DenseWeight
-from ziphius.models.config import MoEConfig
 
 if TYPE_CHECKING:
     from ziphius.layers.mlp import GatedMLP

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.gemv import gemv
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.skinny import SplitWorkspace, skinny_linear
 from ziphius.kernels.gpu.tuning import Tuned
 from ziphius.layers.quantization import DenseExperts, DenseWeight, ExpertWeights, LinearWeight

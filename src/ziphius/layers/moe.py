@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ziphius.checkpoint.config import MoEConfig
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer, Shard
 from ziphius.layers.quantization import MatrixPart
-from ziphius.models.config import MoEConfig
 
 
 class RoutedExperts(Layer):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ziphius.checkpoint.config import MoEConfig
 from ziphius.distributed import ParallelState
-from ziphius.models.config import MoEConfig
 
 if TYPE_CHECKING:
     from ziphius.layers.mlp import GatedMLP

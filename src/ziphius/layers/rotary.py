@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ziphius.models.config import Llama3RopeConfig, YarnConfig
+from ziphius.checkpoint.config import Llama3RopeConfig, YarnConfig
 
 
 def plain_frequencies(dim: int, theta: float) -> Tensor:

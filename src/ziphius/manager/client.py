@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ziphius.messages import LoadProgress
+from ziphius.ipc.messages import LoadProgress
 
 _MAX_ANSWER = 1 << 20
 

@@ -18,12 +18,12 @@ from typing import IO
 import msgspec
 
 from ziphius.errors import ConfigError, ImageError
+from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers import image, registry
 from ziphius.launchers.apptainer import require_program
 from ziphius.launchers.image import ImageRecord
 from ziphius.launchers.launcher import RUN_ID
 from ziphius.manager import process
-from ziphius.messages import LoadProgress
 
 _POLL_S = 0.2
 _VERSION_S = 120.0

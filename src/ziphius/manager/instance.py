@@ -21,7 +21,7 @@ import msgspec
 
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError, InstanceError
-from ziphius.paths import instances_folder
+from ziphius.installation import instances_folder
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LOCK_POLL_S = 0.05

@@ -15,14 +15,14 @@ from typing import Any
 
 from ziphius.config import Resolved, ServeConfig, override
 from ziphius.errors import AlreadyRunning, InstanceError, LacksMemory, PortInUse, StartFailed
+from ziphius.installation import package_version
+from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers.launcher import Launcher
 from ziphius.manager import logs, process, release, slurm_jobs
 from ziphius.manager.client import Answer
 from ziphius.manager.instance import Instances, Record, State
 from ziphius.manager.status import Status, observe
 from ziphius.manager.watch import Watch, WatchOf, watch_of
-from ziphius.messages import LoadProgress
-from ziphius.version import package_version
 
 _POLL_S = 0.2
 _ASK_TIMEOUT_S = 2.0
@@ -222,7 +222,7 @@ class Manager:
             self._end(record, process.SETTLE_S)
 
     def _refuse_taken_port(self, config: ServeConfig) -> None:
-        from ziphius.server.listener import bind  # here: it is slow to import, and only a start needs it
+        from ziphius.frontend.listener import bind  # here: it is slow to import, and only a start needs it
 
         try:
             bind(config.host, config.port).close()
@@ -323,8 +323,8 @@ def _said(answer: Answer) -> str:
 
 def _with_absolute_paths(resolved: Resolved) -> Resolved:
     """What was given relative to here must still be found by a restart from elsewhere: the model too, if it is here."""
+    from ziphius.checkpoint.pull import fetchable_models
     from ziphius.launchers.engines import with_absolute_paths  # here: `status` does without these
-    from ziphius.models.pull import fetchable_models
 
     resolved = with_absolute_paths(resolved)
     model = resolved.config.model

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from ziphius.config import Resolved
 from ziphius.errors import AlreadyRunning, InstanceError
+from ziphius.installation import package_version
 from ziphius.launchers.slurm import Allocation, batch_script
 from ziphius.manager import logs, slurm_jobs
 from ziphius.manager.instance import Instances, Record
 from ziphius.manager.status import Status, observe
 from ziphius.manager.watch import watch_of
-from ziphius.version import package_version
 
 
 class SlurmInstances:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ziphius.errors import InstanceError
+from ziphius.ipc.messages import LoadProgress
 from ziphius.manager import process, slurm_jobs
 from ziphius.manager.client import Answer, base_url
 from ziphius.manager.instance import Instances, Record, State
 from ziphius.manager.watch import Watch, WatchOf
-from ziphius.messages import LoadProgress
 
 _ASK_S = 3.0
 _BIND_S = 15.0

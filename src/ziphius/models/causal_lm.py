@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend
 from ziphius.attention.batch import ForwardBatch
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import ParallelState
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.layer import CheckpointTensor
 from ziphius.layers.quantization import LinearFormat
-from ziphius.models.config import ModelConfig
 from ziphius.models.deepseek_v2 import DeepseekV2ForCausalLM
 from ziphius.models.llama import LlamaForCausalLM
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend, ProjectedTokens
 from ziphius.attention.batch import ForwardBatch
+from ziphius.checkpoint.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from ziphius.distributed import ParallelState
 from ziphius.errors import UnsupportedModel
 from ziphius.kernels.routing_reference import select_experts
@@ -34,7 +35,6 @@ from ziphius.layers.norm import RMSNorm
 from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding, yarn_softmax_scale
 from ziphius.layers.select import make_ops
-from ziphius.models.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
 
 LATENT_NORM_EPS = 1e-6
 """Of q_a_layernorm and kv_a_layernorm: the published model leaves them at this, whatever rms_norm_eps is."""

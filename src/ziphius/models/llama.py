@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend
 from ziphius.attention.batch import ForwardBatch
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import ParallelState
 from ziphius.kv_cache.kv_pool import KVCache, KVPool
 from ziphius.layers.context import LayerContext
@@ -19,7 +20,6 @@ from ziphius.layers.norm import RMSNorm
 from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding
 from ziphius.layers.select import make_ops
-from ziphius.models.config import ModelConfig
 from ziphius.models.llama_cpu import LlamaLayerParts, llama_on_cpu
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ziphius.attention.batch import ForwardBatch
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.context import LayerContext
 from ziphius.layers.linear import Linear
 from ziphius.layers.norm import RMSNorm
 from ziphius.layers.quantization import PackedInt8Format, PackedInt8Weight
-from ziphius.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from ziphius.kernels.cpu.llama import LlamaLayerWeights, LlamaStack

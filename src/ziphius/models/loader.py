@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.rate import RateMeter
+from ziphius.checkpoint.weight_source import Rows, StoredTensor
+from ziphius.checkpoint.weight_source import WeightSource as WeightSource  # callers find it where load_model is
 from ziphius.distributed import ParallelState
 from ziphius.errors import CheckpointError
+from ziphius.ipc.messages import LoadProgress
 from ziphius.layers.layer import CheckpointTensor, Layer
 from ziphius.layers.select import make_linear_format
-from ziphius.messages import LoadProgress
 from ziphius.models.causal_lm import CausalLM, make_model
-from ziphius.models.config import ModelConfig
 from ziphius.models.dummy import fill_dummy
-from ziphius.models.rate import RateMeter
-from ziphius.models.weight_source import Rows, StoredTensor
-from ziphius.models.weight_source import WeightSource as WeightSource  # callers find it where load_model is
 
 OnProgress = Callable[[int, int], None]
 """(bytes done, bytes in all)."""

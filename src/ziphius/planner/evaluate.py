@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import DoesNotFit
-from ziphius.models.config import ModelConfig
 from ziphius.planner import memory, sglang
 from ziphius.planner.abilities import Abilities, not_yet
 from ziphius.planner.find_model import ModelSource

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
-from ziphius.models.config import ModelConfig
-from ziphius.paths import ziphius_home
+from ziphius.installation import ziphius_home
 from ziphius.planner.memory import GROUP, WeightsFormat
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -55,7 +55,7 @@ def find_model(model: str, env: Mapping[str, str], revision: str | None = None) 
     tag or commit) is the hub's. ModelNotFound or ModelError name what was tried; UnsupportedModel names an
     architecture, setting or quantization that is not known.
     """
-    from ziphius.models.pull import SMOLLM2, packaged_path
+    from ziphius.checkpoint.pull import SMOLLM2, packaged_path
 
     if model == SMOLLM2.model_id:
         path = packaged_path(SMOLLM2, ziphius_home(env))
@@ -104,8 +104,8 @@ def _quantization(config_file: Path) -> Quantization | None:
 
 def _gguf(given: str, path: Path, name: str) -> ModelSource:
     # numpy and the gguf package take a third of a second: only for those who ask about such a file
-    from ziphius.models.gguf import model_config
-    from ziphius.models.gguf_file import GGUFFile
+    from ziphius.checkpoint.gguf import model_config
+    from ziphius.checkpoint.gguf_file import GGUFFile
 
     return ModelSource(given, name, model_config(GGUFFile.open(path)), "gguf", path, True)
 
@@ -157,7 +157,7 @@ def _fetch_config(model: str, env: Mapping[str, str], revision: str | None) -> P
             f"{model} is no folder here, it is not in the cache ({hub_cache(env)}), and the hub cannot be reached: "
             f"try again with a network, {tip}"
         )
-    from ziphius.models.pull import fetch
+    from ziphius.checkpoint.pull import fetch
 
     try:
         return fetch(model, ziphius_home(env), revision=revision, weights=False) / "config.json"

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from ziphius.checkpoint.config import MLAConfig, ModelConfig, MoEConfig
 from ziphius.errors import DoesNotFit
-from ziphius.models.config import MLAConfig, ModelConfig, MoEConfig
 
 GIB = 1 << 30
 MIB = 1 << 20

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ziphius.models.config import ModelConfig
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.planner.hardware import Card
 from ziphius.planner.memory import WeightsFormat, default_float_bytes, kv_bytes_per_token, matrices, matrix_bytes
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ziphius.models.config import ModelConfig, YarnConfig
+from ziphius.checkpoint.config import ModelConfig, YarnConfig
 from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, weight_bytes
 
 # GPU memory below this many MiB -> (chunked prefill, graph batch, graph batch when tp >= 4).

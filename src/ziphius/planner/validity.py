@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import ConfigError
-from ziphius.models.config import ModelConfig
 from ziphius.planner.memory import GROUP, WeightsFormat
 
 Engine = Literal["native", "sglang"]

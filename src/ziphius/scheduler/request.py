@@ -8,8 +8,8 @@ from enum import Enum
 
 import msgspec
 
+from ziphius.ipc.messages import AddRequest, Finish, RequestOutput, SamplingParams, TokenLogprob
 from ziphius.kv_cache.radix_cache import TOKEN_TYPE, RadixNode
-from ziphius.messages import AddRequest, Finish, RequestOutput, SamplingParams, TokenLogprob
 
 NO_ROW = -1
 

@@ -15,7 +15,7 @@ from collections import deque
 
 import msgspec
 
-from ziphius.messages import AddRequest, EngineStats, Finish, RequestOutput, ScheduledBatch, TokenLogprob
+from ziphius.ipc.messages import AddRequest, EngineStats, Finish, RequestOutput, ScheduledBatch, TokenLogprob
 from ziphius.scheduler.request import NO_ROW, Request, RequestState
 from ziphius.scheduler.request_pages import RequestPages
 from ziphius.scheduler.request_queue import RequestQueue

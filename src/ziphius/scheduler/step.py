@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ziphius.messages import NewRow, RowWork, ScheduledBatch, TokenLogprob
+from ziphius.ipc.messages import NewRow, RowWork, ScheduledBatch, TokenLogprob
 from ziphius.scheduler.request import Launch, Request
 
 

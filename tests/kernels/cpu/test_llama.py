@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.torch_reference import TorchBackend
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.quantization import Int8Format, LinearFormat
 from ziphius.layers.select import make_linear_format
-from ziphius.models.config import ModelConfig
 from ziphius.models.llama import LlamaForCausalLM
 from ziphius.models.llama_cpu import LlamaOnCpu
 

@@ -25,13 +25,13 @@ from triton.runtime.jit import JITFunction
 
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.cuda import CudaBackend
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
-from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.cuda_ops import CudaOps
 from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.models import deepseek_v2
-from ziphius.models.config import ModelConfig
 
 META = torch.device("meta")
 PAGE = 16

@@ -16,8 +16,8 @@ from ziphius.engine.engine import Engine
 from ziphius.engine.model_runner import ModelRunner
 from ziphius.engine.row_table import RowTable
 from ziphius.engine.sampler import Sampler
+from ziphius.ipc.messages import AddRequest, StepOutput
 from ziphius.kv_cache.kv_pool import KVPool
-from ziphius.messages import AddRequest, StepOutput
 from ziphius.models.causal_lm import CausalLM
 from ziphius.scheduler.scheduler import Scheduler
 

@@ -11,13 +11,13 @@ from gpu_helpers import HALF
 from hf_oracle import VOCAB, Session, Tiny, make_tiny
 
 from ziphius.attention.cuda import CudaBackend
+from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.distributed import SINGLE
 from ziphius.layers.cuda_ops import CudaOps
 from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.models import deepseek_v2, llama, loader
 from ziphius.models.causal_lm import CausalLM
-from ziphius.models.config import ModelConfig
-from ziphius.models.safetensors_source import SafetensorsSource
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": VOCAB,

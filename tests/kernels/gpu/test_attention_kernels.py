@@ -7,7 +7,7 @@ import torch
 from gpu_helpers import DTYPES, assert_close, poison_memory
 
 from ziphius.kernels.gpu import combine, flash_prefill, mla_inputs, paged_decode
-from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.paged_decode import Paged, SplitPlan
 
 PAGE = 4

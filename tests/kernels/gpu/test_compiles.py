@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.tuning import Tuned
 
 HERE = Path(__file__).parent

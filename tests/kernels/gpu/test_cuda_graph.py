@@ -9,13 +9,13 @@ import torch
 from gpu_engine import Settings, UncapturedGraphs, answers
 from test_models import V2, V2_LITE
 
+from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
 from ziphius.engine.cuda_graph import graph_sizes
+from ziphius.ipc.messages import AddRequest, SamplingParams
 from ziphius.layers.cuda_ops import CudaOps
 from ziphius.layers.cuda_weights import CudaDenseFormat
-from ziphius.messages import AddRequest, SamplingParams
 from ziphius.models import deepseek_v2
-from ziphius.models.config import ModelConfig
 from ziphius.models.dummy import fill_dummy
 
 TOKENS = 6

@@ -17,10 +17,10 @@ from test_models import make_batch
 from torch import Tensor
 
 from ziphius.attention import cuda
+from ziphius.ipc.messages import AddRequest, SamplingParams
 from ziphius.kernels.gpu import tuning
-from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kv_cache.kv_pool import KVCache
-from ziphius.messages import AddRequest, SamplingParams
 
 ON_GPU = torch.cuda.is_available()
 # (model, type). HALF is what is served, but float32 shows every change of an order; and the interpreter takes long.

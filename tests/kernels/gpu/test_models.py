@@ -11,6 +11,7 @@ from torch import Tensor
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.cuda import CudaBackend
 from ziphius.attention.torch_reference import TorchBackend
+from ziphius.checkpoint.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from ziphius.distributed import SINGLE
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.cuda_ops import CudaOps
@@ -18,7 +19,6 @@ from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.layers.ops import TorchOps
 from ziphius.layers.quantization import DenseFormat
 from ziphius.models import deepseek_v2, llama
-from ziphius.models.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
 from ziphius.models.dummy import fill_dummy
 
 PAGE = 4

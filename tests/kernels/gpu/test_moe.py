@@ -9,6 +9,8 @@ import torch
 from gpu_helpers import DTYPES, assert_close, poison_memory
 from torch import Tensor
 
+from ziphius.checkpoint.config import MoEConfig
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.experts import (
     ExpertMatrices,
     GroupedConfig,
@@ -17,9 +19,7 @@ from ziphius.kernels.gpu.experts import (
     pair_experts,
     prompt_experts,
 )
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.routing import ExpertBlocks, Routes, RouteWorkspace, align, route, route_torch, top_k
-from ziphius.models.config import MoEConfig
 
 GREEDY = MoEConfig(
     n_routed_experts=12,

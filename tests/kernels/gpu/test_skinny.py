@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_helpers import DTYPES, HALF, assert_close, poison_memory
 
-from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.skinny import SkinnyConfig, SplitWorkspace, skinny_linear, skinny_linear_torch
 
 

@@ -7,7 +7,7 @@ import torch
 from gpu_helpers import DTYPES, assert_close, poison_memory
 
 from ziphius.kernels.gpu import activation, argmax, gemv, norm, rotary
-from ziphius.kernels.gpu.launch import Gpu
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.layers.ops import TorchOps
 
 

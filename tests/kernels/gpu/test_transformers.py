@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ziphius.attention import cuda
 from ziphius.attention.select import make_backend
+from ziphius.checkpoint.config import YarnConfig
+from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.distributed import SINGLE
 from ziphius.kernels.gpu import experts
 from ziphius.layers import cuda_weights
-from ziphius.models.config import YarnConfig
 from ziphius.models.loader import load_model
-from ziphius.models.safetensors_source import SafetensorsSource
 
 PROMPT, ANSWER = 49, 5
 USUAL_NOISE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.launch import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ziphius.kernels.gpu.launch import allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import allow_next, wait_for_previous
 
 
 @triton.jit

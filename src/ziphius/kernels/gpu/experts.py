@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.expert_kernels import (
     down_kernel,
     gate_up_kernel,
@@ -25,7 +26,6 @@ from ziphius.kernels.gpu.expert_kernels import (
     sum_pairs_kernel,
 )
 from ziphius.kernels.gpu.expert_prompt_kernels import prompt_down_kernel, prompt_gate_up_kernel
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.routing import ExpertBlocks, Routes
 
 

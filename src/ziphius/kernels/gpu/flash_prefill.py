@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.launch import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 BLOCK_Q = 128

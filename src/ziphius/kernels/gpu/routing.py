@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.launch import Gpu, allow_next, wait_for_previous
+from ziphius.checkpoint.config import MoEConfig
+from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
-from ziphius.models.config import MoEConfig
 
 ALIGN_AT_ONCE = 1024
 """Pairs that one program sorts."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.launch import Gpu, allow_next, prefetch_rows_l2, wait_for_previous
+from ziphius.kernels.gpu.device import Gpu, allow_next, prefetch_rows_l2, wait_for_previous
 
 MAX_TOKENS = 128
 """A program takes this many tokens at most; more tokens are more programs."""

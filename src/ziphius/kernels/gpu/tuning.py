@@ -22,8 +22,8 @@ from typing import Any
 
 import triton
 
+from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.experts import GroupedConfig, PairConfig, pair_config
-from ziphius.kernels.gpu.launch import Gpu
 from ziphius.kernels.gpu.paged_decode import FIXED_SPLIT, MLAConfig, SplitPlan, fewer_splits, mla_config, split_plan
 from ziphius.kernels.gpu.skinny import SkinnyConfig
 

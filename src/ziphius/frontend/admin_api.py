@@ -1,0 +1,159 @@
+"""Endpoints about the server itself: health, status, metrics, model info, aborts, prefix cache; they hold no state."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from starlette.responses import PlainTextResponse
+
+from ziphius.errors import NotReady, ZiphiusError
+from ziphius.frontend.engine_client import new_rid
+from ziphius.frontend.error_responses import json_response
+from ziphius.frontend.metrics import Exposition
+from ziphius.frontend.protocol import AbortBody
+from ziphius.frontend.requests import read_json
+from ziphius.frontend.sampling import TextOptions
+from ziphius.frontend.service import Service
+from ziphius.frontend.stream import SequenceRequest
+from ziphius.ipc.messages import LoadProgress, SamplingParams
+
+_PROBE_TIMEOUT_S = 20.0
+
+
+class Unhealthy(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of /health while it is 503."""
+
+    status: str
+    phase: str
+    progress: LoadProgress
+    message: str
+
+
+class ModelInfoBody(msgspec.Struct, frozen=True, kw_only=True):
+    """/get_model_info, under SGLang's names."""
+
+    model_path: str
+    served_model_name: str
+    tokenizer_path: str
+    is_generation: bool = True
+    preferred_sampling_params: None = None
+    weight_version: str = "default"
+    load_format: str = "auto"
+    reasoning_parser: None = None
+    tool_call_parser: None = None
+    disaggregation_mode: str = "null"
+    has_image_understanding: bool = False
+    has_audio_understanding: bool = False
+    model_type: str
+    architectures: list[str]
+    context_length: int | None
+    vocab_size: int
+
+
+def admin_router(service: Service) -> APIRouter:
+    router = APIRouter()
+    _add_health(router, service)
+    _add_information(router, service)
+
+    @router.post("/abort_request")
+    async def abort_request(request: Request) -> Response:
+        body = await read_json(request, AbortBody, service.config.max_body_bytes)
+        if body.abort_all:
+            service.client.abort_all("Aborted")
+        elif body.rid is not None:
+            service.client.abort(body.rid)
+        return Response()
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache() -> Response:
+        service.require_model()
+        result = await service.client.flush_cache()
+        if not result.flushed:
+            return PlainTextResponse(f"Flush cache failed. {result.reason or ''}".strip() + "\n", 400)
+        return PlainTextResponse("Cache flushed.\n")
+
+    return router
+
+
+def _add_health(router: APIRouter, service: Service) -> None:
+    async def health() -> Response:
+        if service.healthy:
+            return Response()
+        return _unhealthy(service)
+
+    for path in ("/health", "/ready", "/ping"):
+        router.add_api_route(path, health, methods=["GET", "HEAD"])
+
+    @router.get("/health_generate")
+    async def health_generate() -> Response:
+        """Healthy if a token can be generated now; a server that is generating anyway need not prove it."""
+        if not service.healthy:
+            return _unhealthy(service)
+        if service.client.heard_recently:
+            return Response()
+        try:
+            await asyncio.wait_for(_probe(service), _PROBE_TIMEOUT_S)
+        except (ZiphiusError, TimeoutError) as e:
+            return _unhealthy(service, str(e) or f"no token within {_PROBE_TIMEOUT_S:g} s")
+        return Response()
+
+
+def _add_information(router: APIRouter, service: Service) -> None:
+    @router.get("/")
+    async def root() -> Response:
+        return json_response("Ziphius is running")
+
+    @router.get("/status")
+    async def status() -> Response:
+        return json_response(service.status())
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.exposition.render(), headers={"content-type": Exposition.CONTENT_TYPE})
+
+    @router.get("/get_model_info")
+    @router.get("/model_info")
+    async def model_info() -> Response:
+        model = service.described_model()
+        info = model.info
+        return json_response(
+            ModelInfoBody(
+                model_path=info.path,
+                served_model_name=info.name,
+                tokenizer_path=info.path,
+                model_type=info.model_type,
+                architectures=[info.architecture],
+                context_length=model.limits.context_length or None,
+                vocab_size=info.vocab_size,
+            )
+        )
+
+
+async def _probe(service: Service) -> None:
+    """One token, through everything a request goes through."""
+    model = service.require_model()
+    sampling = SamplingParams(max_new_tokens=1, temperature=0.0, seed=int(time.time()), ignore_eos=True)
+    rid = f"health-{new_rid()}"
+    request = SequenceRequest(rid, rid, [0], sampling, TextOptions())
+    generation = service.client.submit([request], model.tokenizer, False)
+    try:
+        await generation.news()
+    finally:
+        generation.close()
+    if generation.failure is not None:
+        raise generation.failure
+    if generation.streams[0].completion_tokens == 0:
+        raise NotReady("the engine generated nothing")
+
+
+def _unhealthy(service: Service, message: str | None = None) -> Response:
+    body = Unhealthy(
+        status=service.state,
+        phase=service.progress.phase if service.state == "loading" else service.state,
+        progress=service.progress,
+        message=message or service.unhealthy_reason(),
+    )
+    return json_response(body, 503)

@@ -1,0 +1,256 @@
+"""How /v1 writes answers: chat and completions, whole or as SSE; it waits for nothing and decides nothing.
+
+The bytes of a streamed chunk are joined from parts made once per sequence: only the text is encoded anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from ziphius.frontend.error_responses import SSE_DONE
+from ziphius.frontend.openai_logprobs import chat_logprobs, completion_logprobs
+from ziphius.frontend.stream import Generation, RequestStream
+from ziphius.tokenizer.tokenizer import Tokenizer
+
+_encode = msgspec.json.Encoder().encode
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    reasoning_tokens: int = 0
+    completion_tokens_details: None = None
+
+
+class Metadata(msgspec.Struct, frozen=True):
+    weight_version: str = "default"
+
+
+class ChatAnswerMessage(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+    reasoning_content: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    message: ChatAnswerMessage
+    logprobs: msgspec.Raw
+    finish_reason: str
+    matched_stop: int | str | None
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    text: str
+    logprobs: msgspec.Raw
+    finish_reason: str
+    matched_stop: int | str | None
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[CompletionChoice]
+    usage: Usage
+    metadata: Metadata = Metadata()
+
+
+@dataclass(frozen=True, slots=True)
+class FormatOptions:
+    """What a format needs to know of its request."""
+
+    rid: str
+    created: int
+    model: str
+    copies: int
+    """Sequences for each prompt; adjacent."""
+    logprobs: bool
+    include_usage: bool = False
+    continuous_usage: bool = False
+    echo: tuple[str, ...] = ()
+    """The prompts' texts, where they go before the answers."""
+
+
+def usage_of(streams: list[RequestStream], copies: int) -> Usage:
+    """Of these sequences: each prompt counts once, however many copies there are."""
+    firsts = [stream for stream in streams if stream.index % copies == 0] or streams
+    prompt = sum(len(stream.request.prompt_ids) for stream in firsts)
+    completion = sum(stream.completion_tokens for stream in streams)
+    return Usage(
+        prompt_tokens=prompt,
+        total_tokens=prompt + completion,
+        completion_tokens=completion,
+        prompt_tokens_details=PromptTokensDetails(sum(stream.cached_tokens for stream in firsts)),
+    )
+
+
+class _OpenAIFormat:
+    """What chat and completions share: the frame of a chunk, and usage."""
+
+    OBJECT = ""
+    NO_USAGE = b""
+
+    def __init__(self, options: FormatOptions, tokenizer: Tokenizer) -> None:
+        self.options = options
+        self.tokenizer = tokenizer
+        self._frame = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
+            _encode(options.rid), self.OBJECT.encode(), options.created, _encode(options.model),
+        )  # fmt: skip
+
+    def closing(self, generation: Generation) -> bytes:
+        if not self.options.include_usage:
+            return SSE_DONE
+        usage = _encode(usage_of(list(generation.streams), self.options.copies))
+        return self._frame + b'],"usage":' + usage + b"}\n\n" + SSE_DONE
+
+    def _chunk_usage(self, stream: RequestStream) -> bytes:
+        """The end of a chunk after its choices."""
+        if not self.options.continuous_usage:
+            return self.NO_USAGE
+        return b',"usage":' + _encode(usage_of([stream], self.options.copies))
+
+
+def _finish_of(stream: RequestStream) -> bytes:
+    finish = stream.finish
+    if finish is None:
+        return b',"finish_reason":null,"matched_stop":null}]'
+    return b',"finish_reason":"%b","matched_stop":%b}]' % (finish.kind.encode(), _encode(finish.matched))
+
+
+class ChatFormat(_OpenAIFormat):
+    """/v1/chat/completions."""
+
+    OBJECT = "chat.completion.chunk"
+
+    def __init__(self, options: FormatOptions, tokenizer: Tokenizer) -> None:
+        super().__init__(options, tokenizer)
+        self._begun: set[int] = set()
+        self._late_logprobs: dict[int, list[bytes]] = {}
+        """Of tokens whose text is still withheld."""
+
+    def events(self, stream: RequestStream) -> bytes:
+        delta = stream.take()
+        index = stream.index
+        start = self._frame + b'{"index":%d,"delta":{"reasoning_content":null' % index
+        usage = self._chunk_usage(stream)
+        end = b"}" if not usage else usage + b"}"
+        unfinished = b',"finish_reason":null,"matched_stop":null}]' + end + b"\n\n"
+        parts = []
+        if index not in self._begun:
+            self._begun.add(index)
+            parts.append(start + b',"role":"assistant","content":""},"logprobs":null' + unfinished)
+        if self.options.logprobs and delta.logprobs:
+            self._late_logprobs.setdefault(index, []).extend(chat_logprobs(delta.logprobs, self.tokenizer))
+        if delta.text:
+            text = b',"content":' + _encode(delta.text) + b'},"logprobs":'
+            parts.append(start + text + self._logprobs(index) + unfinished)
+        if stream.finish is not None:
+            parts.append(start + b'},"logprobs":' + self._logprobs(index) + _finish_of(stream) + end + b"\n\n")
+        return b"".join(parts)
+
+    def complete(self, generation: Generation) -> bytes:
+        choices = []
+        for stream in generation.streams:
+            delta, finish = stream.take(), stream.finish
+            assert finish is not None
+            if self.options.logprobs:
+                self._late_logprobs[stream.index] = chat_logprobs(delta.logprobs, self.tokenizer)
+            choices.append(
+                ChatChoice(
+                    index=stream.index,
+                    message=ChatAnswerMessage("assistant", delta.text),
+                    logprobs=msgspec.Raw(self._logprobs(stream.index, b'{"content":[]}')),
+                    finish_reason=finish.kind,
+                    matched_stop=finish.matched,
+                )
+            )
+        return _encode(_answer(self.options, "chat.completion", choices, generation))
+
+    def _logprobs(self, index: int, empty: bytes = b"null") -> bytes:
+        if not self.options.logprobs:
+            return b"null"
+        entries = self._late_logprobs.pop(index, None)
+        return b'{"content":[' + b",".join(entries) + b"]}" if entries else empty
+
+
+class CompletionFormat(_OpenAIFormat):
+    """/v1/completions."""
+
+    OBJECT = "text_completion"
+    NO_USAGE = b',"usage":null'
+
+    def __init__(self, options: FormatOptions, tokenizer: Tokenizer) -> None:
+        super().__init__(options, tokenizer)
+        self._begun: set[int] = set()
+        self._offsets: dict[int, int] = {}
+
+    def events(self, stream: RequestStream) -> bytes:
+        if not stream.has_text and stream.finish is None:
+            return b""  # the text is withheld, and so are its log-probabilities
+        text, logprobs = self._text_and_logprobs(stream)
+        return b"".join(
+            (
+                self._frame,
+                b'{"index":%d,"text":' % stream.index,
+                _encode(text),
+                b',"logprobs":',
+                logprobs,
+                _finish_of(stream),
+                self._chunk_usage(stream),
+                b"}\n\n",
+            )
+        )
+
+    def complete(self, generation: Generation) -> bytes:
+        choices = []
+        for stream in generation.streams:
+            finish = stream.finish
+            assert finish is not None
+            text, logprobs = self._text_and_logprobs(stream)
+            choices.append(
+                CompletionChoice(
+                    index=stream.index,
+                    text=text,
+                    logprobs=msgspec.Raw(logprobs),
+                    finish_reason=finish.kind,
+                    matched_stop=finish.matched,
+                )
+            )
+        return _encode(_answer(self.options, self.OBJECT, choices, generation))
+
+    def _text_and_logprobs(self, stream: RequestStream) -> tuple[str, bytes]:
+        """The stream's news, with the prompt in front of the first where it is to be echoed."""
+        options, index = self.options, stream.index
+        delta = stream.take()
+        first = index not in self._begun
+        self._begun.add(index)
+        echo = options.echo[index // options.copies] if options.echo and first else ""
+        if not options.logprobs:
+            return echo + delta.text, b"null"
+        entries = [*stream.prompt_logprobs, *delta.logprobs] if first else delta.logprobs
+        offset = self._offsets.get(index, 0)
+        written, self._offsets[index] = completion_logprobs(entries, self.tokenizer, offset)
+        return echo + delta.text, written
+
+
+def _answer(options: FormatOptions, kind: str, choices: list[ChatChoice] | list[CompletionChoice],
+            generation: Generation) -> Answer:  # fmt: skip
+    return Answer(
+        id=options.rid,
+        object=kind,
+        created=options.created,
+        model=options.model,
+        choices=choices,
+        usage=usage_of(list(generation.streams), options.copies),
+    )

@@ -1,0 +1,166 @@
+"""SGLang's /generate, from a body to a running generation; it forms no answer and holds no state."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import APIRouter, Request, Response
+
+from ziphius.errors import InvalidRequest
+from ziphius.frontend.error_responses import json_response
+from ziphius.frontend.model import ServedModel
+from ziphius.frontend.protocol import GenerateBody, NativeSampling, refuse_unsupported
+from ziphius.frontend.requests import numbered_rids, one_rid, read_json, several_rids
+from ziphius.frontend.sampling import CheckedSampling, check_token_ids, checked, from_native
+from ziphius.frontend.service import Service
+from ziphius.frontend.sglang_format import NativeFormat, NativeOptions, per_sequence
+from ziphius.frontend.sse import GenerationResponse
+from ziphius.frontend.stream import SequenceRequest
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptOptions:
+    """What /generate lets a batch say for each prompt."""
+
+    sampling: CheckedSampling
+    logprobs: bool
+    top_logprobs: bool
+
+
+def native_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.api_route("/generate", methods=["POST", "PUT"])
+    async def generate(request: Request) -> Response:
+        received_at = time.time()
+        body = await read_json(request, GenerateBody, service.config.max_body_bytes)
+        return await _generate(service, body, received_at)
+
+    return router
+
+
+async def _generate(service: Service, body: GenerateBody, received_at: float) -> Response:
+    model = service.require_model()
+    count, is_batch = _count_prompts(body)
+    if count == 0:
+        return json_response([])
+    service.client.check_room(count)
+    options = _options(model, body, count)
+    copies = options[0].sampling.copies
+    service.client.check_room(count * copies)
+    prompts = await _prompts(model, body)
+    rids = _rids(body.rid, count, copies)
+    group = body.rid if isinstance(body.rid, str) else ""
+    requests = []
+    for i, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
+        _check_logprob_start(option, len(prompt))
+        for copy in range(copies):
+            rid = rids[i * copies + copy]
+            requests.append(
+                SequenceRequest(
+                    public_rid=rid,
+                    group_rid=group or rid,
+                    prompt_ids=prompt,
+                    sampling=option.sampling.params_for(len(prompt), copy, model.limits),
+                    text=option.sampling.text,
+                    wants_no_tokens=option.sampling.wants_no_tokens,
+                )
+            )
+    generation = service.client.submit(requests, model.tokenizer, bool(body.stream))
+    form = NativeFormat(
+        NativeOptions(
+            received_at=received_at,
+            as_list=is_batch or copies > 1,
+            logprobs=per_sequence([option.logprobs for option in options], copies),
+            top_logprobs=per_sequence([option.top_logprobs for option in options], copies),
+            text_in_logprobs=bool(body.return_text_in_logprobs),
+            prompt_token_ids=bool(body.return_prompt_token_ids),
+        ),
+        model.tokenizer,
+    )
+    return GenerationResponse(generation, form, service.write_timeout_s)
+
+
+def _count_prompts(body: GenerateBody) -> tuple[int, bool]:
+    """How many prompts there are, and whether they came as a list. Token ids win over text, as in SGLang."""
+    if body.input_ids is not None:
+        nested = [item for item in body.input_ids if isinstance(item, list)]
+        if nested and len(nested) != len(body.input_ids):
+            raise InvalidRequest("input_ids must hold only token ids or only lists of them", param="input_ids")
+        if not body.input_ids:
+            raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
+        return (len(nested), True) if nested else (1, False)
+    if body.text is None:
+        raise InvalidRequest("Either text or input_ids should be provided.", param="text")
+    return (1, False) if isinstance(body.text, str) else (len(body.text), True)
+
+
+async def _prompts(model: ServedModel, body: GenerateBody) -> list[list[int]]:
+    if body.input_ids is None:
+        texts = [body.text] if isinstance(body.text, str) else body.text or []
+        return [await model.encode(text, "text") for text in texts]
+    batch = [item for item in body.input_ids if isinstance(item, list)]
+    batch = batch or [[item for item in body.input_ids if isinstance(item, int)]]
+    for ids in batch:
+        if not ids:
+            raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
+        check_token_ids(ids, "input_ids", model.limits.vocab_size)
+    return batch
+
+
+def _options(model: ServedModel, body: GenerateBody, count: int) -> list[_PromptOptions]:
+    """Each prompt's options: one value for all of them, or a list with one for each."""
+    params = _spread(body.sampling_params, count, NativeSampling(), "sampling_params")
+    logprobs = _spread(body.return_logprob, count, False, "return_logprob")
+    starts = _spread(body.logprob_start_len, count, -1, "logprob_start_len")
+    tops = _spread(body.top_logprobs_num, count, 0, "top_logprobs_num")
+    options: list[_PromptOptions] = []
+    for i in range(count):
+        if i and not any(isinstance(v, list) for v in (body.sampling_params, body.return_logprob,
+                                                       body.logprob_start_len, body.top_logprobs_num)):  # fmt: skip
+            options.append(options[0])
+            continue
+        refuse_unsupported(params[i], "sampling_params.")
+        if starts[i] < -1:
+            raise InvalidRequest("logprob_start_len must be at least -1.", param="logprob_start_len")
+        request = from_native(params[i], logprobs[i], tops[i], starts[i])
+        sampling = checked(request, model.tokenizer, model.limits)
+        options.append(_PromptOptions(sampling, logprobs[i], logprobs[i] and tops[i] > 0))
+    if any(option.sampling.copies != options[0].sampling.copies for option in options):
+        raise InvalidRequest("n must be the same for each prompt of a batch", param="sampling_params.n")
+    return options
+
+
+def _spread(value: _Value | list[_Value] | None, count: int, default: _Value, name: str) -> list[_Value]:
+    if value is None:
+        return [default] * count
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"{name} has {len(value)} entries for {count} prompts", param=name)
+    return value
+
+
+def _rids(rid: str | list[str] | None, count: int, copies: int) -> list[str]:
+    """One for each sequence. Without the caller's, each sequence gets a random one of its own."""
+    if rid is None:
+        return [one_rid(None) for _ in range(count * copies)]
+    if isinstance(rid, str):
+        return numbered_rids(one_rid(rid), count * copies)
+    if len(rid) != count:
+        raise InvalidRequest(f"rid has {len(rid)} entries for {count} prompts", param="rid")
+    return several_rids(rid, copies)
+
+
+def _check_logprob_start(option: _PromptOptions, prompt_tokens: int) -> None:
+    start = option.sampling.request.prompt_logprobs_from
+    if option.logprobs and start > prompt_tokens:
+        raise InvalidRequest(
+            f"logprob_start_len={start} is higher than the number of input tokens ({prompt_tokens}). "
+            f"Please use a smaller logprob_start_len.",
+            param="logprob_start_len",
+        )
