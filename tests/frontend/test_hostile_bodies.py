@@ -26,7 +26,7 @@ SAMPLING = [
 ]  # fmt: skip
 OPENAI = [*SAMPLING, "model", "seed", "max_tokens", "min_tokens", "stream", "stream_options", "rid", "user",
           "response_format", "tools", "logprobs", "top_logprobs", "echo", "best_of", "suffix", "nosuch"]  # fmt: skip
-NATIVE = ["rid", "return_logprob", "logprob_start_len", "top_logprobs_num", "stream", "input_ids", "text",
+GENERATE = ["rid", "return_logprob", "logprob_start_len", "top_logprobs_num", "stream", "input_ids", "text",
           "return_text_in_logprobs", "image_data", "sampling_params", "nosuch"]  # fmt: skip
 PARTS = st.fixed_dictionaries({}, optional={"type": st.sampled_from(["text", "image_url"]) | VALUES, "text": VALUES})
 MESSAGES = st.lists(
@@ -53,7 +53,7 @@ PARAMS = st.dictionaries(
 )
 GENERATES = st.builds(
     lambda base, params: {**base, "sampling_params": params},
-    bodies(NATIVE, {"text": st.text(max_size=20) | st.lists(st.text(max_size=4), max_size=3)}),
+    bodies(GENERATE, {"text": st.text(max_size=20) | st.lists(st.text(max_size=4), max_size=3)}),
     PARAMS | st.lists(PARAMS, max_size=3) | VALUES,
 )
 RELAXED = settings(

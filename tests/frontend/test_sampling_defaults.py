@@ -10,8 +10,8 @@ import pytest
 from ziphius.checkpoint.pull import SMOLLM2, suggested_sampling
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from ziphius.errors import ModelError
-from ziphius.frontend.protocol import ChatBody, NativeSampling
-from ziphius.frontend.sampling import ModelLimits, SamplingRequest, checked, from_chat, from_native
+from ziphius.frontend.protocol import ChatBody, SglangSampling
+from ziphius.frontend.sampling import ModelLimits, SamplingRequest, checked, from_chat, from_sglang
 from ziphius.tokenizer.files import TokenizerFiles
 from ziphius.tokenizer.tokenizer import Tokenizer
 
@@ -51,7 +51,7 @@ def test_the_caller_wins(tokenizer: Tokenizer) -> None:
 
 
 def test_generate_has_its_own_defaults(tokenizer: Tokenizer) -> None:
-    assert values(from_native(NativeSampling(), False, 0, 0), tokenizer) == [1.0, 1.0, -1, 0.0, 1.0]
+    assert values(from_sglang(SglangSampling(), False, 0, 0), tokenizer) == [1.0, 1.0, -1, 0.0, 1.0]
 
 
 def test_generation_config(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ziphius.frontend.error_responses import error_response
 from ziphius.frontend.metrics import Metrics
 from ziphius.frontend.openai_api import openai_router
 from ziphius.frontend.service import Service
-from ziphius.frontend.sglang_api import native_router
+from ziphius.frontend.sglang_api import sglang_router
 
 OPEN_PATHS = frozenset({"/health", "/health_generate", "/ready", "/ping", "/status", "/metrics"})
 """What probes and monitors ask without the key; none of them tells or costs anything of worth."""
@@ -28,7 +28,7 @@ def build_app(service: Service) -> ASGIApp:
     """The application for one service; build as many as you like."""
     app = FastAPI(title="Ziphius", version=service.version, openapi_url=None)
     app.include_router(openai_router(service))
-    app.include_router(native_router(service))
+    app.include_router(sglang_router(service))
     app.include_router(admin_router(service))
     app.add_exception_handler(ZiphiusError, _on_ziphius_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

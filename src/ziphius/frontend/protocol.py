@@ -177,7 +177,7 @@ class CompletionBody(OpenAIBody, kw_only=True):
     best_of: Any = None
 
 
-class NativeSampling(SamplingFields):
+class SglangSampling(SamplingFields):
     """`sampling_params` of /generate."""
 
     REFUSED = (*_SAMPLING_REFUSED, "stream_interval", "beam_width", "choice")
@@ -203,7 +203,7 @@ class GenerateBody(Body):
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
-    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    sampling_params: SglangSampling | list[SglangSampling] | None = None
     rid: str | list[str] | None = None
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None

@@ -11,7 +11,7 @@ import msgspec
 
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults
 from ziphius.errors import ContextLengthExceeded, InvalidRequest
-from ziphius.frontend.protocol import ChatBody, CompletionBody, NativeSampling, SamplingFields
+from ziphius.frontend.protocol import ChatBody, CompletionBody, SamplingFields, SglangSampling
 from ziphius.ipc.messages import SamplingParams
 from ziphius.tokenizer.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
 MAX_TOP_LOGPROBS = 20
 """OpenAI's own limit."""
-MAX_TOP_LOGPROBS_NATIVE = 128
+MAX_TOP_LOGPROBS_SGLANG = 128
 MAX_TEMPERATURE = 1000.0
 MIN_TEMPERATURE = 1e-5
 """Below it sampling is greedy: the logits divided by it would overflow."""
@@ -158,7 +158,7 @@ def from_completion(body: CompletionBody, defaults: SamplingDefaults) -> Samplin
     )
 
 
-def from_native(sampling: NativeSampling, logprobs: bool, top_logprobs: int, logprobs_from: int) -> SamplingRequest:
+def from_sglang(sampling: SglangSampling, logprobs: bool, top_logprobs: int, logprobs_from: int) -> SamplingRequest:
     """`top_logprobs` and `logprobs_from` are /generate's top_logprobs_num and logprob_start_len."""
     return SamplingRequest(
         fields=sampling,
@@ -167,7 +167,7 @@ def from_native(sampling: NativeSampling, logprobs: bool, top_logprobs: int, log
         min_new_tokens=sampling.min_new_tokens or 0,
         seed=sampling.sampling_seed,
         logprobs=logprobs,
-        top_logprobs=_in_range("top_logprobs_num", top_logprobs, 0, MAX_TOP_LOGPROBS_NATIVE) if logprobs else 0,
+        top_logprobs=_in_range("top_logprobs_num", top_logprobs, 0, MAX_TOP_LOGPROBS_SGLANG) if logprobs else 0,
         prompt_logprobs_from=logprobs_from if logprobs else -1,
         prefix="sampling_params.",
     )

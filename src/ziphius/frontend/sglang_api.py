@@ -11,11 +11,11 @@ from fastapi import APIRouter, Request, Response
 from ziphius.errors import InvalidRequest
 from ziphius.frontend.error_responses import json_response
 from ziphius.frontend.model import ServedModel
-from ziphius.frontend.protocol import GenerateBody, NativeSampling, refuse_unsupported
+from ziphius.frontend.protocol import GenerateBody, SglangSampling, refuse_unsupported
 from ziphius.frontend.requests import numbered_rids, one_rid, read_json, several_rids
-from ziphius.frontend.sampling import CheckedSampling, check_token_ids, checked, from_native
+from ziphius.frontend.sampling import CheckedSampling, check_token_ids, checked, from_sglang
 from ziphius.frontend.service import Service
-from ziphius.frontend.sglang_format import NativeFormat, NativeOptions, per_sequence
+from ziphius.frontend.sglang_format import SglangFormat, SglangOptions, per_sequence
 from ziphius.frontend.sse import GenerationResponse
 from ziphius.frontend.stream import SequenceRequest
 
@@ -31,7 +31,7 @@ class _PromptOptions:
     top_logprobs: bool
 
 
-def native_router(service: Service) -> APIRouter:
+def sglang_router(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.api_route("/generate", methods=["POST", "PUT"])
@@ -71,8 +71,8 @@ async def _generate(service: Service, body: GenerateBody, received_at: float) ->
                 )
             )
     generation = service.client.submit(requests, model.tokenizer, bool(body.stream))
-    form = NativeFormat(
-        NativeOptions(
+    form = SglangFormat(
+        SglangOptions(
             received_at=received_at,
             as_list=is_batch or copies > 1,
             logprobs=per_sequence([option.logprobs for option in options], copies),
@@ -114,7 +114,7 @@ async def _prompts(model: ServedModel, body: GenerateBody) -> list[list[int]]:
 
 def _options(model: ServedModel, body: GenerateBody, count: int) -> list[_PromptOptions]:
     """Each prompt's options: one value for all of them, or a list with one for each."""
-    params = _spread(body.sampling_params, count, NativeSampling(), "sampling_params")
+    params = _spread(body.sampling_params, count, SglangSampling(), "sampling_params")
     logprobs = _spread(body.return_logprob, count, False, "return_logprob")
     starts = _spread(body.logprob_start_len, count, -1, "logprob_start_len")
     tops = _spread(body.top_logprobs_num, count, 0, "top_logprobs_num")
@@ -127,7 +127,7 @@ def _options(model: ServedModel, body: GenerateBody, count: int) -> list[_Prompt
         refuse_unsupported(params[i], "sampling_params.")
         if starts[i] < -1:
             raise InvalidRequest("logprob_start_len must be at least -1.", param="logprob_start_len")
-        request = from_native(params[i], logprobs[i], tops[i], starts[i])
+        request = from_sglang(params[i], logprobs[i], tops[i], starts[i])
         sampling = checked(request, model.tokenizer, model.limits)
         options.append(_PromptOptions(sampling, logprobs[i], logprobs[i] and tops[i] > 0))
     if any(option.sampling.copies != options[0].sampling.copies for option in options):

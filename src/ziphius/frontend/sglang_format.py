@@ -22,7 +22,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
-class NativeOptions:
+class SglangOptions:
     """What the format needs to know of its request; lists have one entry for each sequence."""
 
     received_at: float
@@ -47,10 +47,10 @@ class _Written:
     """input_token_logprobs and what belongs to them; written once."""
 
 
-class NativeFormat:
+class SglangFormat:
     """/generate."""
 
-    def __init__(self, options: NativeOptions, tokenizer: Tokenizer) -> None:
+    def __init__(self, options: SglangOptions, tokenizer: Tokenizer) -> None:
         self._options = options
         self._tokenizer = tokenizer
         self._written: dict[int, _Written] = {}
