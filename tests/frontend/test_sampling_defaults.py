@@ -10,8 +10,11 @@ import pytest
 from ziphius.checkpoint.pull import SMOLLM2, suggested_sampling
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from ziphius.errors import ModelError
-from ziphius.frontend.protocol import ChatBody, SglangSampling
-from ziphius.frontend.sampling import ModelLimits, SamplingRequest, checked, from_chat, from_sglang
+from ziphius.frontend.openai_api import chat_sampling
+from ziphius.frontend.openai_bodies import ChatBody
+from ziphius.frontend.sampling import ModelLimits, SamplingRequest, checked
+from ziphius.frontend.sglang_api import sglang_sampling
+from ziphius.frontend.sglang_bodies import SglangSampling
 from ziphius.tokenizer.files import TokenizerFiles
 from ziphius.tokenizer.tokenizer import Tokenizer
 
@@ -41,17 +44,17 @@ def values(request: SamplingRequest, tokenizer: Tokenizer) -> list[float]:
 
 
 def test_what_is_left_open_is_as_suggested(tokenizer: Tokenizer) -> None:
-    assert values(from_chat(ChatBody(messages=[]), SUGGESTED), tokenizer) == [0.3, 0.95, 5, 0.1, 1.1]
-    assert values(from_chat(ChatBody(messages=[]), SamplingDefaults()), tokenizer) == [1.0, 1.0, -1, 0.0, 1.0]
+    assert values(chat_sampling(ChatBody(messages=[]), SUGGESTED), tokenizer) == [0.3, 0.95, 5, 0.1, 1.1]
+    assert values(chat_sampling(ChatBody(messages=[]), SamplingDefaults()), tokenizer) == [1.0, 1.0, -1, 0.0, 1.0]
 
 
 def test_the_caller_wins(tokenizer: Tokenizer) -> None:
     body = ChatBody(messages=[], temperature=0.0, top_p=1.0, top_k=-1, min_p=0.0, repetition_penalty=1.0)
-    assert values(from_chat(body, SUGGESTED), tokenizer) == [0.0, 1.0, -1, 0.0, 1.0]
+    assert values(chat_sampling(body, SUGGESTED), tokenizer) == [0.0, 1.0, -1, 0.0, 1.0]
 
 
 def test_generate_has_its_own_defaults(tokenizer: Tokenizer) -> None:
-    assert values(from_sglang(SglangSampling(), False, 0, 0), tokenizer) == [1.0, 1.0, -1, 0.0, 1.0]
+    assert values(sglang_sampling(SglangSampling(), False, 0, 0), tokenizer) == [1.0, 1.0, -1, 0.0, 1.0]
 
 
 def test_generation_config(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from ziphius.errors import NotReady, ZiphiusError
 from ziphius.frontend.engine_client import new_rid
 from ziphius.frontend.error_responses import json_response
 from ziphius.frontend.metrics import Exposition
-from ziphius.frontend.protocol import AbortBody
 from ziphius.frontend.requests import read_json
 from ziphius.frontend.sampling import TextOptions
 from ziphius.frontend.service import Service
+from ziphius.frontend.sglang_bodies import AbortBody
 from ziphius.frontend.stream import SequenceRequest
 from ziphius.ipc.messages import LoadProgress, SamplingParams
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults
 from ziphius.errors import ContextLengthExceeded, InvalidRequest, RequestError, UnknownModel, UnsupportedField
-from ziphius.frontend.protocol import ChatMessage, refuse_unsupported
+from ziphius.frontend.openai_bodies import ChatMessage
+from ziphius.frontend.protocol import refuse_unsupported
 from ziphius.frontend.sampling import ModelLimits
 from ziphius.tokenizer.tokenizer import Tokenizer
 

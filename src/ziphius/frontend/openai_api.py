@@ -8,17 +8,21 @@ from collections.abc import Sequence
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from ziphius.checkpoint.sampling_defaults import SamplingDefaults
 from ziphius.errors import InvalidRequest, UnknownModel
 from ziphius.frontend.error_responses import json_response
 from ziphius.frontend.model import ServedModel
+from ziphius.frontend.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from ziphius.frontend.openai_format import ChatFormat, CompletionFormat, FormatOptions
-from ziphius.frontend.protocol import ChatBody, CompletionBody, OpenAIBody
 from ziphius.frontend.requests import numbered_rids, one_rid, read_json
-from ziphius.frontend.sampling import CheckedSampling, check_token_ids, checked, from_chat, from_completion
+from ziphius.frontend.sampling import CheckedSampling, SamplingRequest, check_token_ids, checked, in_range
 from ziphius.frontend.service import Service
 from ziphius.frontend.sse import GenerationResponse
 from ziphius.frontend.stream import Generation, SequenceRequest
 from ziphius.tokenizer.fim import fim_prompt
+
+MAX_TOP_LOGPROBS = 20
+"""OpenAI's own limit."""
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +70,7 @@ def openai_router(service: Service) -> APIRouter:
 async def _chat(service: Service, body: ChatBody) -> Response:
     model = service.require_model()
     model.check_name(body.model)
-    sampling = checked(from_chat(body, model.info.sampling), model.tokenizer, model.limits)
+    sampling = checked(chat_sampling(body, model.info.sampling), model.tokenizer, model.limits)
     rid = one_rid(body.rid)
     service.client.check_room(sampling.copies)
     prompt = await model.encode_chat(body.messages, bool(body.continue_final_message))
@@ -78,7 +82,7 @@ async def _chat(service: Service, body: ChatBody) -> Response:
 async def _completion(service: Service, body: CompletionBody) -> Response:
     model = service.require_model()
     model.check_name(body.model)
-    sampling = checked(from_completion(body, model.info.sampling), model.tokenizer, model.limits)
+    sampling = checked(completion_sampling(body, model.info.sampling), model.tokenizer, model.limits)
     rid = one_rid(body.rid)
     whole = isinstance(body.prompt, str) or (bool(body.prompt) and isinstance(body.prompt[0], int))
     service.client.check_room(sampling.copies * (1 if whole else len(body.prompt)))
@@ -112,6 +116,40 @@ async def _prompts(model: ServedModel, body: CompletionBody) -> tuple[tuple[str,
         check_token_ids(ids, "prompt", model.limits.vocab_size)
     echoed = tuple(model.tokenizer.decode(ids) for ids in batch) if body.echo else ()
     return echoed, batch
+
+
+def chat_sampling(body: ChatBody, defaults: SamplingDefaults) -> SamplingRequest:
+    logprobs = bool(body.logprobs)
+    if body.top_logprobs and not logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    return SamplingRequest(
+        fields=body,
+        max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        default_new_tokens=None,
+        min_new_tokens=body.min_tokens or 0,
+        seed=body.seed,
+        logprobs=logprobs,
+        top_logprobs=in_range("top_logprobs", body.top_logprobs or 0, 0, MAX_TOP_LOGPROBS),
+        defaults=defaults,
+        names={"max_new_tokens": limit_name, "min_new_tokens": "min_tokens"},
+    )
+
+
+def completion_sampling(body: CompletionBody, defaults: SamplingDefaults) -> SamplingRequest:
+    logprobs = body.logprobs is not None
+    return SamplingRequest(
+        fields=body,
+        max_new_tokens=body.max_tokens,
+        default_new_tokens=16,
+        min_new_tokens=body.min_tokens or 0,
+        seed=body.seed,
+        logprobs=logprobs,
+        top_logprobs=in_range("logprobs", body.logprobs or 0, 0, MAX_TOP_LOGPROBS),
+        prompt_logprobs_from=0 if logprobs and body.echo else -1,
+        defaults=defaults,
+        names={"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"},
+    )
 
 
 def _submit(service: Service, model: ServedModel, sampling: CheckedSampling, prompts: Sequence[list[int]], rid: str,

@@ -11,16 +11,13 @@ import msgspec
 
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults
 from ziphius.errors import ContextLengthExceeded, InvalidRequest
-from ziphius.frontend.protocol import ChatBody, CompletionBody, SamplingFields, SglangSampling
+from ziphius.frontend.protocol import SamplingFields
 from ziphius.ipc.messages import SamplingParams
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 MAX_COPIES = 128
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 1024
-MAX_TOP_LOGPROBS = 20
-"""OpenAI's own limit."""
-MAX_TOP_LOGPROBS_SGLANG = 128
 MAX_TEMPERATURE = 1000.0
 MIN_TEMPERATURE = 1e-5
 """Below it sampling is greedy: the logits divided by it would overflow."""
@@ -124,59 +121,10 @@ class CheckedSampling:
         return self.request.max_new_tokens == 0
 
 
-def from_chat(body: ChatBody, defaults: SamplingDefaults) -> SamplingRequest:
-    logprobs = bool(body.logprobs)
-    if body.top_logprobs and not logprobs:
-        raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    return SamplingRequest(
-        fields=body,
-        max_new_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-        default_new_tokens=None,
-        min_new_tokens=body.min_tokens or 0,
-        seed=body.seed,
-        logprobs=logprobs,
-        top_logprobs=_in_range("top_logprobs", body.top_logprobs or 0, 0, MAX_TOP_LOGPROBS),
-        defaults=defaults,
-        names={"max_new_tokens": limit_name, "min_new_tokens": "min_tokens"},
-    )
-
-
-def from_completion(body: CompletionBody, defaults: SamplingDefaults) -> SamplingRequest:
-    logprobs = body.logprobs is not None
-    return SamplingRequest(
-        fields=body,
-        max_new_tokens=body.max_tokens,
-        default_new_tokens=16,
-        min_new_tokens=body.min_tokens or 0,
-        seed=body.seed,
-        logprobs=logprobs,
-        top_logprobs=_in_range("logprobs", body.logprobs or 0, 0, MAX_TOP_LOGPROBS),
-        prompt_logprobs_from=0 if logprobs and body.echo else -1,
-        defaults=defaults,
-        names={"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"},
-    )
-
-
-def from_sglang(sampling: SglangSampling, logprobs: bool, top_logprobs: int, logprobs_from: int) -> SamplingRequest:
-    """`top_logprobs` and `logprobs_from` are /generate's top_logprobs_num and logprob_start_len."""
-    return SamplingRequest(
-        fields=sampling,
-        max_new_tokens=sampling.max_new_tokens,
-        default_new_tokens=128,
-        min_new_tokens=sampling.min_new_tokens or 0,
-        seed=sampling.sampling_seed,
-        logprobs=logprobs,
-        top_logprobs=_in_range("top_logprobs_num", top_logprobs, 0, MAX_TOP_LOGPROBS_SGLANG) if logprobs else 0,
-        prompt_logprobs_from=logprobs_from if logprobs else -1,
-        prefix="sampling_params.",
-    )
-
-
 def checked(request: SamplingRequest, tokenizer: Tokenizer, limits: ModelLimits) -> CheckedSampling:
     """InvalidRequest names the first field that is out of its range."""
     fields, prefix, defaults = request.fields, request.prefix, request.defaults
-    copies = _in_range(prefix + "n", 1 if fields.n is None else fields.n, 1, MAX_COPIES)
+    copies = in_range(prefix + "n", 1 if fields.n is None else fields.n, 1, MAX_COPIES)
     _check_lengths(request)
     stops, stop_token_texts = _stops(fields.stop, prefix + "stop", tokenizer)
     stop_ids = _stop_token_ids(fields.stop_token_ids, prefix + "stop_token_ids", limits.vocab_size)
@@ -186,11 +134,11 @@ def checked(request: SamplingRequest, tokenizer: Tokenizer, limits: ModelLimits)
         temperature=_temperature(prefix + "temperature", _given(fields.temperature, defaults.temperature, 1.0)),
         top_p=_top_p(prefix + "top_p", _given(fields.top_p, defaults.top_p, 1.0)),
         top_k=_top_k(prefix + "top_k", _given(fields.top_k, defaults.top_k, -1)),
-        min_p=_in_range(prefix + "min_p", _given(fields.min_p, defaults.min_p, 0.0), 0.0, 1.0),
-        frequency_penalty=_in_range(
+        min_p=in_range(prefix + "min_p", _given(fields.min_p, defaults.min_p, 0.0), 0.0, 1.0),
+        frequency_penalty=in_range(
             prefix + "frequency_penalty", _given(fields.frequency_penalty, None, 0.0), -2.0, 2.0
         ),
-        presence_penalty=_in_range(prefix + "presence_penalty", _given(fields.presence_penalty, None, 0.0), -2.0, 2.0),
+        presence_penalty=in_range(prefix + "presence_penalty", _given(fields.presence_penalty, None, 0.0), -2.0, 2.0),
         repetition_penalty=_repetition_penalty(
             prefix + "repetition_penalty", _given(fields.repetition_penalty, defaults.repetition_penalty, 1.0)
         ),
@@ -263,7 +211,7 @@ def _logit_bias(bias: Mapping[str, float] | None, name: str, vocab_size: int) ->
     for key, value in (bias or {}).items():
         if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
             raise InvalidRequest(f"{name} must have keys in [0, {vocab_size - 1}], got {key[:40]}.", param=name)
-        result[int(key)] = _in_range(name, value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        result[int(key)] = in_range(name, value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
     return result
 
 
@@ -274,7 +222,8 @@ def _given(value: _Number | None, suggested: _Number | None, default: _Number) -
     return default if suggested is None else suggested
 
 
-def _in_range(name: str, value: _Number, low: _Number, high: _Number) -> _Number:
+def in_range(name: str, value: _Number, low: _Number, high: _Number) -> _Number:
+    """`value`. InvalidRequest names `name` when it is not in [low, high]."""
     if not low <= value <= high:
         raise InvalidRequest(f"{name} must be in [{low}, {high}], got {_short(value)}.", param=name)
     return value

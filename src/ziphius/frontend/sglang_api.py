@@ -11,13 +11,16 @@ from fastapi import APIRouter, Request, Response
 from ziphius.errors import InvalidRequest
 from ziphius.frontend.error_responses import json_response
 from ziphius.frontend.model import ServedModel
-from ziphius.frontend.protocol import GenerateBody, SglangSampling, refuse_unsupported
+from ziphius.frontend.protocol import refuse_unsupported
 from ziphius.frontend.requests import numbered_rids, one_rid, read_json, several_rids
-from ziphius.frontend.sampling import CheckedSampling, check_token_ids, checked, from_sglang
+from ziphius.frontend.sampling import CheckedSampling, SamplingRequest, check_token_ids, checked, in_range
 from ziphius.frontend.service import Service
+from ziphius.frontend.sglang_bodies import GenerateBody, SglangSampling
 from ziphius.frontend.sglang_format import SglangFormat, SglangOptions, per_sequence
 from ziphius.frontend.sse import GenerationResponse
 from ziphius.frontend.stream import SequenceRequest
+
+MAX_TOP_LOGPROBS = 128
 
 _Value = TypeVar("_Value")
 
@@ -127,12 +130,27 @@ def _options(model: ServedModel, body: GenerateBody, count: int) -> list[_Prompt
         refuse_unsupported(params[i], "sampling_params.")
         if starts[i] < -1:
             raise InvalidRequest("logprob_start_len must be at least -1.", param="logprob_start_len")
-        request = from_sglang(params[i], logprobs[i], tops[i], starts[i])
+        request = sglang_sampling(params[i], logprobs[i], tops[i], starts[i])
         sampling = checked(request, model.tokenizer, model.limits)
         options.append(_PromptOptions(sampling, logprobs[i], logprobs[i] and tops[i] > 0))
     if any(option.sampling.copies != options[0].sampling.copies for option in options):
         raise InvalidRequest("n must be the same for each prompt of a batch", param="sampling_params.n")
     return options
+
+
+def sglang_sampling(sampling: SglangSampling, logprobs: bool, top_logprobs: int, logprobs_from: int) -> SamplingRequest:
+    """`top_logprobs` and `logprobs_from` are /generate's top_logprobs_num and logprob_start_len."""
+    return SamplingRequest(
+        fields=sampling,
+        max_new_tokens=sampling.max_new_tokens,
+        default_new_tokens=128,
+        min_new_tokens=sampling.min_new_tokens or 0,
+        seed=sampling.sampling_seed,
+        logprobs=logprobs,
+        top_logprobs=in_range("top_logprobs_num", top_logprobs, 0, MAX_TOP_LOGPROBS) if logprobs else 0,
+        prompt_logprobs_from=logprobs_from if logprobs else -1,
+        prefix="sampling_params.",
+    )
 
 
 def _spread(value: _Value | list[_Value] | None, count: int, default: _Value, name: str) -> list[_Value]:
