@@ -1,6 +1,6 @@
-"""One answer as its client sees it: tokens become text, stop strings end it, news wait to be fetched; no sockets.
+"""Answers on their way from the engine to a client: what has come, what is new, how it ended.
 
-A RequestStream is one sequence in the engine; a Generation is all the sequences of one HTTP request
+A RequestStream is one sequence in the engine. A Generation is all the sequences of one HTTP request
 (copies, batches) and what its handler waits on. News that nobody fetches are merged, so that a client
 who does not read costs no more than its answer.
 """
@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ziphius.errors import EngineFailed, ZiphiusError
+from ziphius.frontend.answer_text import AnswerText, Delta, MakeParser, PlainText
 from ziphius.frontend.sampling import TextOptions
-from ziphius.frontend.stop_strings import StopMatcher
 from ziphius.ipc.messages import FinishKind, RequestOutput, SamplingParams, TokenLogprob
-from ziphius.tokenizer.detokenizer import IncrementalDetokenizer
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 
@@ -32,6 +31,7 @@ class SequenceRequest:
     text: TextOptions
     wants_no_tokens: bool = False
     """The caller asked for 0 tokens: the one that the engine makes is thrown away."""
+    make_parser: MakeParser = PlainText
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,6 @@ class StreamFinish:
     message: str | None = None
     error: ZiphiusError | None = None
     """With `error` only."""
-
-
-@dataclass(slots=True)
-class Delta:
-    """What is new in an answer since it was last asked."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
 
 
 class RequestStream:
@@ -73,9 +64,7 @@ class RequestStream:
         self.finish: StreamFinish | None = None
         self.dirty = False
         """In its generation's list of news."""
-        options = request.text
-        self._detokenizer = IncrementalDetokenizer(tokenizer, options.skip_special_tokens, continues_text=True)
-        self._matcher = StopMatcher(options.stops) if options.stops else None
+        self._text = AnswerText(tokenizer, request.text, request.sampling.min_new_tokens, request.make_parser())
         self._pending = Delta("", [], [])
 
     def accept(self, output: RequestOutput, now: float) -> bool:
@@ -117,36 +106,24 @@ class RequestStream:
         return pending
 
     def _add_tokens(self, output: RequestOutput, now: float) -> None:
-        ids, logprobs, finish = output.token_ids, output.logprobs, output.finish
-        pending = self._pending
+        ids, logprobs, pending = output.token_ids, output.logprobs, self._pending
         hidden = self._hidden_end(output)
-        if self._matcher is None:
-            pending.text += self._detokenizer.push(ids[:-1] if hidden else ids)
+        if not self._text.has_stops:
             pending.token_ids += ids
             pending.logprobs += logprobs
             self.completion_tokens += len(ids)
+            self._text.push(ids[:-1] if hidden else ids, self.completion_tokens, pending)
             return
         for n, token_id in enumerate(ids):
             pending.token_ids.append(token_id)
             pending.logprobs += logprobs[n : n + 1]
             self.completion_tokens += 1
-            is_last = finish is not None and n == len(ids) - 1
-            if not (is_last and hidden) and self._add_text(self._detokenizer.push((token_id,)), now):
+            if hidden and n == len(ids) - 1:
                 return
-
-    def _add_text(self, piece: str, now: float) -> bool:
-        """Text on its way through the stop strings; True when it ended the answer."""
-        if self._matcher is None or self.completion_tokens < self.request.sampling.min_new_tokens:
-            self._pending.text += piece
-            return False
-        scan = self._matcher.push(piece)
-        self._pending.text += scan.text
-        if scan.matched is None:
-            return False
-        if self.request.text.no_stop_trim:
-            self._pending.text += scan.matched
-        self._end(StreamFinish("stop", matched=scan.matched), now)
-        return True
+            matched = self._text.push((token_id,), self.completion_tokens, pending)
+            if matched is not None:
+                self._end(StreamFinish("stop", matched=matched), now)
+                return
 
     def _hidden_end(self, output: RequestOutput) -> bool:
         """Whether the last token ended the answer and stays out of its text."""
@@ -173,12 +150,12 @@ class RequestStream:
             self._end(StreamFinish(finish.kind, matched=matched, message=finish.message), now)
 
     def _flush_text(self, now: float) -> bool:
-        """Bring out what is withheld, an unfinished character as U+FFFD; True when a stop string ended it."""
-        if self._add_text(self._detokenizer.flush(), now):
-            return True
-        if self._matcher is not None:
-            self._pending.text += self._matcher.flush()
-        return False
+        """Bring out the text that is withheld; True when a stop string in it ended the answer."""
+        matched = self._text.end(self.completion_tokens, self._pending)
+        if matched is None:
+            return False
+        self._end(StreamFinish("stop", matched=matched), now)
+        return True
 
     def _end(self, finish: StreamFinish, now: float) -> None:
         self.finish = finish
