@@ -12,13 +12,14 @@ from starlette.responses import PlainTextResponse
 from ziphius.errors import NotReady, ZiphiusError
 from ziphius.frontend.engine_client import new_rid
 from ziphius.frontend.error_responses import json_response
+from ziphius.frontend.generate import GenerateRequest, TokenPrompt, generate
 from ziphius.frontend.metrics import Exposition
+from ziphius.frontend.protocol import SamplingFields
 from ziphius.frontend.requests import read_json
-from ziphius.frontend.sampling import TextOptions
+from ziphius.frontend.sampling import SamplingRequest, checked
 from ziphius.frontend.service import Service
 from ziphius.frontend.sglang_bodies import AbortBody
-from ziphius.frontend.stream import SequenceRequest
-from ziphius.ipc.messages import LoadProgress, SamplingParams
+from ziphius.ipc.messages import LoadProgress
 
 _PROBE_TIMEOUT_S = 20.0
 
@@ -133,12 +134,14 @@ def _add_information(router: APIRouter, service: Service) -> None:
 
 
 async def _probe(service: Service) -> None:
-    """One token, through everything a request goes through."""
+    """Generate one token, through everything a request goes through."""
     model = service.require_model()
-    sampling = SamplingParams(max_new_tokens=1, temperature=0.0, seed=int(time.time()), ignore_eos=True)
+    fields = SamplingFields(temperature=0.0, ignore_eos=True)
+    asked = SamplingRequest(fields, max_new_tokens=1, default_new_tokens=None, seed=int(time.time()))
     rid = f"health-{new_rid()}"
-    request = SequenceRequest(rid, rid, [0], sampling, TextOptions())
-    generation = service.client.submit([request], model.tokenizer, False)
+    sampling = checked(asked, model.tokenizer, model.limits)
+    request = GenerateRequest(TokenPrompt([0]), [sampling], [rid], group_rid=rid, streaming=False)
+    generation = await generate(service.client, model, request)
     try:
         await generation.news()
     finally:

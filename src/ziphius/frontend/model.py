@@ -94,9 +94,6 @@ class ServedModel:
             raise InvalidRequest("the chat template makes an empty prompt of these messages", param="messages")
         return ids
 
-    def close(self) -> None:
-        self._encoder.shutdown(wait=False, cancel_futures=True)
-
     async def _encoded(self, characters: int, encode: Callable[[], list[int]]) -> list[int]:
         """What `encode` returns; it is called in a thread if it has to do with many characters."""
         if characters <= _INLINE_CHARACTERS:

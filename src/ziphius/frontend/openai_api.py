@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import msgspec
 from fastapi import APIRouter, Request, Response
@@ -11,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults
 from ziphius.errors import InvalidRequest, UnknownModel
 from ziphius.frontend.error_responses import json_response
+from ziphius.frontend.generate import ChatPrompt, GenerateRequest, Prompts, generate
 from ziphius.frontend.model import ServedModel
 from ziphius.frontend.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from ziphius.frontend.openai_format import ChatFormat, CompletionFormat, FormatOptions
@@ -18,7 +18,6 @@ from ziphius.frontend.requests import numbered_rids, one_rid, read_json
 from ziphius.frontend.sampling import CheckedSampling, SamplingRequest, check_token_ids, checked, in_range
 from ziphius.frontend.service import Service
 from ziphius.frontend.sse import GenerationResponse
-from ziphius.frontend.stream import Generation, SequenceRequest
 from ziphius.tokenizer.fim import fim_prompt
 
 MAX_TOP_LOGPROBS = 20
@@ -71,12 +70,11 @@ async def _chat(service: Service, body: ChatBody) -> Response:
     model = service.require_model()
     model.check_name(body.model)
     sampling = checked(chat_sampling(body, model.info.sampling), model.tokenizer, model.limits)
+    prompts = ChatPrompt(body.messages, bool(body.continue_final_message))
     rid = one_rid(body.rid)
-    service.client.check_room(sampling.copies)
-    prompt = await model.encode_chat(body.messages, bool(body.continue_final_message))
-    generation = _submit(service, model, sampling, [prompt], rid, bool(body.stream))
-    options = _format_options(body, model, rid, sampling, ())
-    return GenerationResponse(generation, ChatFormat(options, model.tokenizer), service.write_timeout_s)
+    generation = await generate(service.client, model, _request(body, prompts, sampling, rid))
+    form = ChatFormat(_format_options(body, model, rid, sampling, ()), model.tokenizer)
+    return GenerationResponse(generation, form, service.write_timeout_s)
 
 
 async def _completion(service: Service, body: CompletionBody) -> Response:
@@ -84,38 +82,68 @@ async def _completion(service: Service, body: CompletionBody) -> Response:
     model.check_name(body.model)
     sampling = checked(completion_sampling(body, model.info.sampling), model.tokenizer, model.limits)
     rid = one_rid(body.rid)
-    whole = isinstance(body.prompt, str) or (bool(body.prompt) and isinstance(body.prompt[0], int))
-    service.client.check_room(sampling.copies * (1 if whole else len(body.prompt)))
-    texts, prompts = await _prompts(model, body)
-    generation = _submit(service, model, sampling, prompts, rid, bool(body.stream))
-    options = _format_options(body, model, rid, sampling, texts if body.echo else ())
-    return GenerationResponse(generation, CompletionFormat(options, model.tokenizer), service.write_timeout_s)
+    prompts = _CompletionPrompts(body)
+    generation = await generate(service.client, model, _request(body, prompts, sampling, rid))
+    echo = prompts.texts(model) if body.echo else ()
+    form = CompletionFormat(_format_options(body, model, rid, sampling, echo), model.tokenizer)
+    return GenerationResponse(generation, form, service.write_timeout_s)
 
 
-async def _prompts(model: ServedModel, body: CompletionBody) -> tuple[tuple[str, ...], list[list[int]]]:
-    """The prompts as text (only where they must be echoed) and as ids."""
-    prompt = body.prompt
-    if not prompt and not (prompt == "" and body.suffix):  # an editor's cursor may stand before all text
-        raise InvalidRequest("Prompt cannot be empty", param="prompt")
-    if body.suffix and not isinstance(prompt, str):
-        raise InvalidRequest("suffix needs a prompt that is one text", param="suffix")
-    if isinstance(prompt, str):
-        whole = fim_prompt(model.tokenizer, prompt, body.suffix) if body.suffix else prompt
-        return (prompt,), [await model.encode(whole, "prompt")]
-    texts = [item for item in prompt if isinstance(item, str)]
-    if len(texts) == len(prompt):
-        return tuple(texts), [await model.encode(text, "prompt") for text in texts]
-    single = [item for item in prompt if isinstance(item, int)]
-    several = [item for item in prompt if isinstance(item, list)]
-    if len(single) != len(prompt) and len(several) != len(prompt):
-        raise InvalidRequest("prompt must hold only strings, only token ids or only lists of token ids", param="prompt")
-    batch = [single] if single else several
-    for ids in batch:
-        if not ids:
+def _request(body: OpenAIBody, prompts: Prompts, sampling: CheckedSampling, rid: str) -> GenerateRequest:
+    return GenerateRequest(
+        prompts=prompts,
+        sampling=[sampling] * prompts.count,
+        rids=numbered_rids(rid, prompts.count * sampling.copies),
+        group_rid=rid,
+        streaming=bool(body.stream),
+    )
+
+
+class _CompletionPrompts:
+    """`prompt` of a completion: a text, token ids, or a list of either."""
+
+    def __init__(self, body: CompletionBody) -> None:
+        """InvalidRequest when there is no prompt, or none that `suffix` can go with."""
+        prompt, suffix = body.prompt, body.suffix
+        if not prompt and not (prompt == "" and suffix):  # an editor's cursor may stand before all text
             raise InvalidRequest("Prompt cannot be empty", param="prompt")
-        check_token_ids(ids, "prompt", model.limits.vocab_size)
-    echoed = tuple(model.tokenizer.decode(ids) for ids in batch) if body.echo else ()
-    return echoed, batch
+        if suffix and not isinstance(prompt, str):
+            raise InvalidRequest("suffix needs a prompt that is one text", param="suffix")
+        self._suffix = suffix
+        self._prompt = prompt
+        self.count = 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
+
+    async def encode(self, model: ServedModel) -> list[list[int]]:
+        prompt = self._prompt
+        if isinstance(prompt, str):
+            whole = fim_prompt(model.tokenizer, prompt, self._suffix) if self._suffix else prompt
+            return [await model.encode(whole, "prompt")]
+        texts = [item for item in prompt if isinstance(item, str)]
+        if len(texts) == len(prompt):
+            return [await model.encode(text, "prompt") for text in texts]
+        batch = self._ids()
+        for ids in batch:
+            if not ids:
+                raise InvalidRequest("Prompt cannot be empty", param="prompt")
+            check_token_ids(ids, "prompt", model.limits.vocab_size)
+        return batch
+
+    def texts(self, model: ServedModel) -> tuple[str, ...]:
+        """The prompts as text. Call `encode` first: it refuses ids that have none."""
+        if isinstance(self._prompt, str):
+            return (self._prompt,)
+        texts = [item for item in self._prompt if isinstance(item, str)]
+        return tuple(texts) or tuple(model.tokenizer.decode(ids) for ids in self._ids())
+
+    def _ids(self) -> list[list[int]]:
+        """The prompts that are token ids. InvalidRequest when they are mixed with others."""
+        single = [item for item in self._prompt if isinstance(item, int)]
+        several = [item for item in self._prompt if isinstance(item, list)]
+        if len(single) != len(self._prompt) and len(several) != len(self._prompt):
+            raise InvalidRequest(
+                "prompt must hold only strings, only token ids or only lists of token ids", param="prompt"
+            )
+        return [single] if single else several
 
 
 def chat_sampling(body: ChatBody, defaults: SamplingDefaults) -> SamplingRequest:
@@ -150,24 +178,6 @@ def completion_sampling(body: CompletionBody, defaults: SamplingDefaults) -> Sam
         defaults=defaults,
         names={"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"},
     )
-
-
-def _submit(service: Service, model: ServedModel, sampling: CheckedSampling, prompts: Sequence[list[int]], rid: str,
-            streaming: bool) -> Generation:  # fmt: skip
-    rids = iter(numbered_rids(rid, len(prompts) * sampling.copies))
-    requests = [
-        SequenceRequest(
-            public_rid=next(rids),
-            group_rid=rid,
-            prompt_ids=prompt,
-            sampling=sampling.params_for(len(prompt), copy, model.limits),
-            text=sampling.text,
-            wants_no_tokens=sampling.wants_no_tokens,
-        )
-        for prompt in prompts
-        for copy in range(sampling.copies)
-    ]
-    return service.client.submit(requests, model.tokenizer, streaming)
 
 
 def _format_options(body: OpenAIBody, model: ServedModel, rid: str, sampling: CheckedSampling,

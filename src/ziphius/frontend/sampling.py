@@ -80,7 +80,18 @@ class CheckedSampling:
     template: SamplingParams
 
     def params_for(self, prompt_tokens: int, copy: int, limits: ModelLimits) -> SamplingParams:
-        """For one copy of one prompt. ContextLengthExceeded when they do not fit the context together."""
+        """For one copy of one prompt. ContextLengthExceeded when prompt and answer do not fit the context together.
+
+        InvalidRequest when log-probabilities are to begin after the prompt.
+        """
+        start = self.request.prompt_logprobs_from
+        if start > prompt_tokens:
+            name = self.request.names.get("prompt_logprobs_from", "prompt_logprobs_from")
+            raise InvalidRequest(
+                f"{name}={start} is higher than the number of input tokens ({prompt_tokens}). "
+                f"Please use a smaller {name}.",
+                param=name,
+            )
         room = limits.context_length - prompt_tokens
         if room <= 0:
             raise ContextLengthExceeded(
@@ -107,7 +118,6 @@ class CheckedSampling:
                 f"{wanted} more fit the context of {limits.context_length} tokens.",
                 param=name,
             )
-        start = self.request.prompt_logprobs_from
         return msgspec.structs.replace(
             self.template,
             max_new_tokens=max(1, wanted),

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from ziphius.errors import InvalidRequest
 from ziphius.frontend.error_responses import json_response
+from ziphius.frontend.generate import GenerateRequest, generate
 from ziphius.frontend.model import ServedModel
 from ziphius.frontend.protocol import refuse_unsupported
 from ziphius.frontend.requests import numbered_rids, one_rid, read_json, several_rids
@@ -18,7 +19,6 @@ from ziphius.frontend.service import Service
 from ziphius.frontend.sglang_bodies import GenerateBody, SglangSampling
 from ziphius.frontend.sglang_format import SglangFormat, SglangOptions, per_sequence
 from ziphius.frontend.sse import GenerationResponse
-from ziphius.frontend.stream import SequenceRequest
 
 MAX_TOP_LOGPROBS = 128
 
@@ -48,36 +48,25 @@ def sglang_router(service: Service) -> APIRouter:
 
 async def _generate(service: Service, body: GenerateBody, received_at: float) -> Response:
     model = service.require_model()
-    count, is_batch = _count_prompts(body)
-    if count == 0:
+    prompts = _GeneratePrompts(body)
+    if prompts.count == 0:
         return json_response([])
-    service.client.check_room(count)
-    options = _options(model, body, count)
+    # Before the options of each prompt are read, which may be many
+    service.client.check_room(prompts.count)
+    options = _options(model, body, prompts.count)
     copies = options[0].sampling.copies
-    service.client.check_room(count * copies)
-    prompts = await _prompts(model, body)
-    rids = _rids(body.rid, count, copies)
-    group = body.rid if isinstance(body.rid, str) else ""
-    requests = []
-    for i, (prompt, option) in enumerate(zip(prompts, options, strict=True)):
-        _check_logprob_start(option, len(prompt))
-        for copy in range(copies):
-            rid = rids[i * copies + copy]
-            requests.append(
-                SequenceRequest(
-                    public_rid=rid,
-                    group_rid=group or rid,
-                    prompt_ids=prompt,
-                    sampling=option.sampling.params_for(len(prompt), copy, model.limits),
-                    text=option.sampling.text,
-                    wants_no_tokens=option.sampling.wants_no_tokens,
-                )
-            )
-    generation = service.client.submit(requests, model.tokenizer, bool(body.stream))
+    request = GenerateRequest(
+        prompts=prompts,
+        sampling=[option.sampling for option in options],
+        rids=_rids(body.rid, prompts.count, copies),
+        group_rid=body.rid if isinstance(body.rid, str) else None,
+        streaming=bool(body.stream),
+    )
+    generation = await generate(service.client, model, request)
     form = SglangFormat(
         SglangOptions(
             received_at=received_at,
-            as_list=is_batch or copies > 1,
+            as_list=prompts.is_batch or copies > 1,
             logprobs=per_sequence([option.logprobs for option in options], copies),
             top_logprobs=per_sequence([option.top_logprobs for option in options], copies),
             text_in_logprobs=bool(body.return_text_in_logprobs),
@@ -88,31 +77,35 @@ async def _generate(service: Service, body: GenerateBody, received_at: float) ->
     return GenerationResponse(generation, form, service.write_timeout_s)
 
 
-def _count_prompts(body: GenerateBody) -> tuple[int, bool]:
-    """How many prompts there are, and whether they came as a list. Token ids win over text, as in SGLang."""
-    if body.input_ids is not None:
-        nested = [item for item in body.input_ids if isinstance(item, list)]
-        if nested and len(nested) != len(body.input_ids):
-            raise InvalidRequest("input_ids must hold only token ids or only lists of them", param="input_ids")
-        if not body.input_ids:
-            raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
-        return (len(nested), True) if nested else (1, False)
-    if body.text is None:
-        raise InvalidRequest("Either text or input_ids should be provided.", param="text")
-    return (1, False) if isinstance(body.text, str) else (len(body.text), True)
+class _GeneratePrompts:
+    """`text` or `input_ids` of /generate, one or a list. Token ids win over text, as in SGLang."""
 
+    def __init__(self, body: GenerateBody) -> None:
+        """InvalidRequest when there is neither, or ids are mixed with lists of ids."""
+        self._text, self._input_ids = body.text, body.input_ids
+        self.is_batch = isinstance(body.text, list)
+        if body.input_ids is not None:
+            nested = [item for item in body.input_ids if isinstance(item, list)]
+            if nested and len(nested) != len(body.input_ids):
+                raise InvalidRequest("input_ids must hold only token ids or only lists of them", param="input_ids")
+            if not body.input_ids:
+                raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
+            self.is_batch = bool(nested)
+        elif body.text is None:
+            raise InvalidRequest("Either text or input_ids should be provided.", param="text")
+        self.count = len(body.input_ids or body.text or "") if self.is_batch else 1
 
-async def _prompts(model: ServedModel, body: GenerateBody) -> list[list[int]]:
-    if body.input_ids is None:
-        texts = [body.text] if isinstance(body.text, str) else body.text or []
-        return [await model.encode(text, "text") for text in texts]
-    batch = [item for item in body.input_ids if isinstance(item, list)]
-    batch = batch or [[item for item in body.input_ids if isinstance(item, int)]]
-    for ids in batch:
-        if not ids:
-            raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
-        check_token_ids(ids, "input_ids", model.limits.vocab_size)
-    return batch
+    async def encode(self, model: ServedModel) -> list[list[int]]:
+        if self._input_ids is None:
+            texts = [self._text] if isinstance(self._text, str) else self._text or []
+            return [await model.encode(text, "text") for text in texts]
+        batch = [item for item in self._input_ids if isinstance(item, list)]
+        batch = batch or [[item for item in self._input_ids if isinstance(item, int)]]
+        for ids in batch:
+            if not ids:
+                raise InvalidRequest("input_ids cannot be empty.", param="input_ids")
+            check_token_ids(ids, "input_ids", model.limits.vocab_size)
+        return batch
 
 
 def _options(model: ServedModel, body: GenerateBody, count: int) -> list[_PromptOptions]:
@@ -149,6 +142,7 @@ def sglang_sampling(sampling: SglangSampling, logprobs: bool, top_logprobs: int,
         logprobs=logprobs,
         top_logprobs=in_range("top_logprobs_num", top_logprobs, 0, MAX_TOP_LOGPROBS) if logprobs else 0,
         prompt_logprobs_from=logprobs_from if logprobs else -1,
+        names={"prompt_logprobs_from": "logprob_start_len"},
         prefix="sampling_params.",
     )
 
@@ -172,13 +166,3 @@ def _rids(rid: str | list[str] | None, count: int, copies: int) -> list[str]:
     if len(rid) != count:
         raise InvalidRequest(f"rid has {len(rid)} entries for {count} prompts", param="rid")
     return several_rids(rid, copies)
-
-
-def _check_logprob_start(option: _PromptOptions, prompt_tokens: int) -> None:
-    start = option.sampling.request.prompt_logprobs_from
-    if option.logprobs and start > prompt_tokens:
-        raise InvalidRequest(
-            f"logprob_start_len={start} is higher than the number of input tokens ({prompt_tokens}). "
-            f"Please use a smaller logprob_start_len.",
-            param="logprob_start_len",
-        )
