@@ -1,54 +1,84 @@
-"""The ASGI application: routes put together, with key, CORS, counting and error shapes around; it makes no route."""
+"""The ASGI application: all APIs' endpoints, with the key, CORS, counting and the shape of errors around them."""
 
 from __future__ import annotations
 
+import functools
 import hmac
 from http import HTTPStatus
+from typing import Any
 
-from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ziphius.errors import EngineFailed, InvalidRequest, NotFound, Unauthorized, ZiphiusError
-from ziphius.frontend.admin_api import admin_router
-from ziphius.frontend.error_responses import error_response
+from ziphius.frontend import admin_api, openai_api, sglang_api
+from ziphius.frontend.endpoint import Endpoint, Reply
+from ziphius.frontend.error_responses import JSON, error_response
 from ziphius.frontend.metrics import Metrics
-from ziphius.frontend.openai_api import openai_router
+from ziphius.frontend.openapi import openapi_document
 from ziphius.frontend.service import Service
-from ziphius.frontend.sglang_api import sglang_router
 
-OPEN_PATHS = frozenset({"/health", "/health_generate", "/ready", "/ping", "/status", "/metrics"})
-"""What probes and monitors ask without the key; none of them tells or costs anything of worth."""
+
+async def _openapi(service: Service, request: Request) -> Response:
+    has_key = service.config.api_key is not None
+    return Response(openapi_document(ENDPOINTS, service.version, has_key), media_type=JSON)
+
+
+ENDPOINTS = (
+    *openai_api.ENDPOINTS,
+    *sglang_api.ENDPOINTS,
+    *admin_api.ENDPOINTS,
+    Endpoint(
+        "/openapi.json", ("GET",), _openapi, "This document", replies=(Reply(200, "the document", dict[str, Any]),)
+    ),
+)  # fmt: skip
 
 
 def build_app(service: Service) -> ASGIApp:
     """The application for one service; build as many as you like."""
-    app = FastAPI(title="Ziphius", version=service.version, openapi_url=None)
-    app.include_router(openai_router(service))
-    app.include_router(sglang_router(service))
-    app.include_router(admin_router(service))
-    app.add_exception_handler(ZiphiusError, _on_ziphius_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_bug)
+    app = Starlette(
+        routes=[_EndpointRoute(endpoint, service) for endpoint in ENDPOINTS],
+        exception_handlers={
+            ZiphiusError: _on_ziphius_error,
+            HTTPException: _on_http_exception,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_bug,
+        },
+    )
     guarded: ASGIApp = app if service.config.api_key is None else KeyMiddleware(app, service.config.api_key)
     # Any origin, never with credentials: a page can send the bearer key only if somebody gave it to it
     crossing = CORSMiddleware(guarded, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     return CountingMiddleware(crossing, service.metrics)
 
 
+class _EndpointRoute(Route):
+    """An endpoint of one service. It tells the scope that it matched, also when only the method is wrong."""
+
+    def __init__(self, endpoint: Endpoint, service: Service) -> None:
+        super().__init__(endpoint.path, functools.partial(endpoint.handle, service), methods=endpoint.methods)
+        self.methods = set(endpoint.methods)  # Starlette adds HEAD wherever there is GET
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child_scope = super().matches(scope)
+        return match, child_scope if match is Match.NONE else {**child_scope, "route": self}
+
+
 class KeyMiddleware:
     """401 without the bearer key, before any body is read."""
+
+    _OPEN_PATHS = frozenset(endpoint.path for endpoint in ENDPOINTS if endpoint.open)
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
         self._expected = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+        if scope["type"] == "http" and scope["path"] not in self._OPEN_PATHS and scope["method"] != "OPTIONS":
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             scheme, _, key = given.partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._expected):

@@ -1,19 +1,21 @@
-"""The OpenAI endpoints, from a body to a running generation; they form no answer and hold no state."""
+"""OpenAI's endpoints: from a body to a running generation and its format."""
 
 from __future__ import annotations
 
 import time
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults
 from ziphius.errors import InvalidRequest, UnknownModel
+from ziphius.frontend.endpoint import EVENTS, GENERATION_ERRORS, MODEL_ERRORS, Endpoint, Reply
 from ziphius.frontend.error_responses import json_response
 from ziphius.frontend.generate import ChatPrompt, GenerateRequest, Prompts, generate
 from ziphius.frontend.model import ServedModel
 from ziphius.frontend.openai_bodies import ChatBody, CompletionBody, OpenAIBody
-from ziphius.frontend.openai_format import ChatFormat, CompletionFormat, FormatOptions
+from ziphius.frontend.openai_format import ChatAnswer, ChatFormat, CompletionAnswer, CompletionFormat, FormatOptions
 from ziphius.frontend.requests import numbered_rids, one_rid, read_json
 from ziphius.frontend.sampling import CheckedSampling, SamplingRequest, check_token_ids, checked, in_range
 from ziphius.frontend.service import Service
@@ -39,34 +41,20 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     data: list[ModelCard]
 
 
-def openai_router(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/v1/models")
-    async def list_models() -> Response:
-        return json_response(ModelList(data=[_card(service.described_model())]))
-
-    @router.get("/v1/models/{model:path}")
-    async def one_model(model: str) -> Response:
-        served = service.described_model()
-        if model != served.info.name:
-            raise UnknownModel(f"The model '{model[:200]}' does not exist", param="model")
-        return json_response(_card(served))
-
-    @router.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        body = await read_json(request, ChatBody, service.config.max_body_bytes)
-        return await _chat(service, body)
-
-    @router.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body = await read_json(request, CompletionBody, service.config.max_body_bytes)
-        return await _completion(service, body)
-
-    return router
+async def _list_models(service: Service, request: Request) -> Response:
+    return json_response(ModelList(data=[_card(service.described_model())]))
 
 
-async def _chat(service: Service, body: ChatBody) -> Response:
+async def _one_model(service: Service, request: Request) -> Response:
+    name = request.path_params["model"]
+    served = service.described_model()
+    if name != served.info.name:
+        raise UnknownModel(f"The model '{name[:200]}' does not exist", param="model")
+    return json_response(_card(served))
+
+
+async def _chat(service: Service, request: Request) -> Response:
+    body = await read_json(request, ChatBody, service.config.max_body_bytes)
     model = service.require_model()
     model.check_name(body.model)
     sampling = checked(chat_sampling(body, model.info.sampling), model.tokenizer, model.limits)
@@ -77,7 +65,8 @@ async def _chat(service: Service, body: ChatBody) -> Response:
     return GenerationResponse(generation, form, service.write_timeout_s)
 
 
-async def _completion(service: Service, body: CompletionBody) -> Response:
+async def _completion(service: Service, request: Request) -> Response:
+    body = await read_json(request, CompletionBody, service.config.max_body_bytes)
     model = service.require_model()
     model.check_name(body.model)
     sampling = checked(completion_sampling(body, model.info.sampling), model.tokenizer, model.limits)
@@ -200,3 +189,30 @@ def _card(model: ServedModel) -> ModelCard:
     return ModelCard(
         id=info.name, created=info.created, root=info.name, max_model_len=model.limits.context_length or None
     )  # fmt: skip
+
+
+_EVENTS = Reply(200, "the answer, with `stream` as events: `data:` and a JSON chunk, at last `[DONE]`", str, EVENTS)
+ENDPOINTS = (
+    Endpoint(
+        "/v1/chat/completions", ("POST",), _chat, "The next message of a conversation",
+        body=ChatBody,
+        replies=(Reply(200, "the answer, with `stream` as events", ChatAnswer), _EVENTS),
+        errors=(*GENERATION_ERRORS, UnknownModel),
+    ),
+    Endpoint(
+        "/v1/completions", ("POST",), _completion, "The continuation of one or several prompts",
+        body=CompletionBody,
+        replies=(Reply(200, "the answer, with `stream` as events", CompletionAnswer), _EVENTS),
+        errors=(*GENERATION_ERRORS, UnknownModel),
+    ),
+    Endpoint(
+        "/v1/models", ("GET",), _list_models, "The model that is served",
+        replies=(Reply(200, "a list of one model", ModelList),),
+        errors=MODEL_ERRORS,
+    ),
+    Endpoint(
+        "/v1/models/{model:path}", ("GET",), _one_model, "The model that is served, by its name",
+        replies=(Reply(200, "the model", ModelCard),),
+        errors=(*MODEL_ERRORS, UnknownModel),
+    ),
+)  # fmt: skip

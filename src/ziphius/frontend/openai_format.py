@@ -5,7 +5,9 @@ The bytes of a streamed chunk are joined from parts made once per sequence: only
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
@@ -15,6 +17,10 @@ from ziphius.frontend.stream import Generation, RequestStream
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 _encode = msgspec.json.Encoder().encode
+
+
+Logprobs = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": ["object", "null"]})]
+"""Written by `openai_logprobs`."""
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -43,7 +49,7 @@ class ChatAnswerMessage(msgspec.Struct, frozen=True):
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     message: ChatAnswerMessage
-    logprobs: msgspec.Raw
+    logprobs: Logprobs
     finish_reason: str
     matched_stop: int | str | None
 
@@ -51,19 +57,30 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     text: str
-    logprobs: msgspec.Raw
+    logprobs: Logprobs
     finish_reason: str
     matched_stop: int | str | None
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+_Choice = TypeVar("_Choice", ChatChoice, CompletionChoice)
+
+
+class Answer(msgspec.Struct, Generic[_Choice], frozen=True, kw_only=True):
     id: str
     object: str
     created: int
     model: str
-    choices: list[ChatChoice] | list[CompletionChoice]
+    choices: list[_Choice]
     usage: Usage
     metadata: Metadata = Metadata()
+
+
+class ChatAnswer(Answer[ChatChoice], frozen=True, kw_only=True):
+    """A chat answer that is not streamed."""
+
+
+class CompletionAnswer(Answer[CompletionChoice], frozen=True, kw_only=True):
+    """A completion that is not streamed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +99,7 @@ class FormatOptions:
     """The prompts' texts, where they go before the answers."""
 
 
-def usage_of(streams: list[RequestStream], copies: int) -> Usage:
+def usage_of(streams: Sequence[RequestStream], copies: int) -> Usage:
     """Of these sequences: each prompt counts once, however many copies there are."""
     firsts = [stream for stream in streams if stream.index % copies == 0] or streams
     prompt = sum(len(stream.request.prompt_ids) for stream in firsts)
@@ -111,7 +128,7 @@ class _OpenAIFormat:
     def closing(self, generation: Generation) -> bytes:
         if not self.options.include_usage:
             return SSE_DONE
-        usage = _encode(usage_of(list(generation.streams), self.options.copies))
+        usage = _encode(usage_of(generation.streams, self.options.copies))
         return self._frame + b'],"usage":' + usage + b"}\n\n" + SSE_DONE
 
     def _chunk_usage(self, stream: RequestStream) -> bytes:
@@ -175,7 +192,16 @@ class ChatFormat(_OpenAIFormat):
                     matched_stop=finish.matched,
                 )
             )
-        return _encode(_answer(self.options, "chat.completion", choices, generation))
+        return _encode(
+            ChatAnswer(
+                id=self.options.rid,
+                object="chat.completion",
+                created=self.options.created,
+                model=self.options.model,
+                choices=choices,
+                usage=usage_of(generation.streams, self.options.copies),
+            )
+        )
 
     def _logprobs(self, index: int, empty: bytes = b"null") -> bytes:
         if not self.options.logprobs:
@@ -227,7 +253,16 @@ class CompletionFormat(_OpenAIFormat):
                     matched_stop=finish.matched,
                 )
             )
-        return _encode(_answer(self.options, self.OBJECT, choices, generation))
+        return _encode(
+            CompletionAnswer(
+                id=self.options.rid,
+                object=self.OBJECT,
+                created=self.options.created,
+                model=self.options.model,
+                choices=choices,
+                usage=usage_of(generation.streams, self.options.copies),
+            )
+        )
 
     def _text_and_logprobs(self, stream: RequestStream) -> tuple[str, bytes]:
         """The stream's news, with the prompt in front of the first where it is to be echoed."""
@@ -242,15 +277,3 @@ class CompletionFormat(_OpenAIFormat):
         offset = self._offsets.get(index, 0)
         written, self._offsets[index] = completion_logprobs(entries, self.tokenizer, offset)
         return echo + delta.text, written
-
-
-def _answer(options: FormatOptions, kind: str, choices: list[ChatChoice] | list[CompletionChoice],
-            generation: Generation) -> Answer:  # fmt: skip
-    return Answer(
-        id=options.rid,
-        object=kind,
-        created=options.created,
-        model=options.model,
-        choices=choices,
-        usage=usage_of(list(generation.streams), options.copies),
-    )

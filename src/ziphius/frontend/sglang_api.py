@@ -1,4 +1,4 @@
-"""SGLang's /generate, from a body to a running generation; it forms no answer and holds no state."""
+"""SGLang's /generate: from a body to a running generation and its format."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ziphius.errors import InvalidRequest
+from ziphius.frontend.endpoint import EVENTS, GENERATION_ERRORS, Endpoint, Reply
 from ziphius.frontend.error_responses import json_response
 from ziphius.frontend.generate import GenerateRequest, generate
 from ziphius.frontend.model import ServedModel
@@ -16,6 +18,7 @@ from ziphius.frontend.protocol import refuse_unsupported
 from ziphius.frontend.requests import numbered_rids, one_rid, read_json, several_rids
 from ziphius.frontend.sampling import CheckedSampling, SamplingRequest, check_token_ids, checked, in_range
 from ziphius.frontend.service import Service
+from ziphius.frontend.sglang_answers import GenerateAnswer
 from ziphius.frontend.sglang_bodies import GenerateBody, SglangSampling
 from ziphius.frontend.sglang_format import SglangFormat, SglangOptions, per_sequence
 from ziphius.frontend.sse import GenerationResponse
@@ -34,19 +37,9 @@ class _PromptOptions:
     top_logprobs: bool
 
 
-def sglang_router(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.api_route("/generate", methods=["POST", "PUT"])
-    async def generate(request: Request) -> Response:
-        received_at = time.time()
-        body = await read_json(request, GenerateBody, service.config.max_body_bytes)
-        return await _generate(service, body, received_at)
-
-    return router
-
-
-async def _generate(service: Service, body: GenerateBody, received_at: float) -> Response:
+async def _generate(service: Service, request: Request) -> Response:
+    received_at = time.time()
+    body = await read_json(request, GenerateBody, service.config.max_body_bytes)
     model = service.require_model()
     prompts = _GeneratePrompts(body)
     if prompts.count == 0:
@@ -55,14 +48,14 @@ async def _generate(service: Service, body: GenerateBody, received_at: float) ->
     service.client.check_room(prompts.count)
     options = _options(model, body, prompts.count)
     copies = options[0].sampling.copies
-    request = GenerateRequest(
+    wanted = GenerateRequest(
         prompts=prompts,
         sampling=[option.sampling for option in options],
         rids=_rids(body.rid, prompts.count, copies),
         group_rid=body.rid if isinstance(body.rid, str) else None,
         streaming=bool(body.stream),
     )
-    generation = await generate(service.client, model, request)
+    generation = await generate(service.client, model, wanted)
     form = SglangFormat(
         SglangOptions(
             received_at=received_at,
@@ -166,3 +159,17 @@ def _rids(rid: str | list[str] | None, count: int, copies: int) -> list[str]:
     if len(rid) != count:
         raise InvalidRequest(f"rid has {len(rid)} entries for {count} prompts", param="rid")
     return several_rids(rid, copies)
+
+
+ENDPOINTS = (
+    Endpoint(
+        "/generate", ("POST", "PUT"), _generate, "The continuation of one or several prompts, in SGLang's shape",
+        body=GenerateBody,
+        replies=(
+            Reply(200, "the answer; a list for a batch or copies; with `stream` as events",
+                  GenerateAnswer | list[GenerateAnswer]),
+            Reply(200, "events: `data:` and the whole answer so far as JSON, at last `[DONE]`", str, EVENTS),
+        ),
+        errors=GENERATION_ERRORS,
+    ),
+)  # fmt: skip
