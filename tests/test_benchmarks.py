@@ -84,3 +84,14 @@ def test_no_server_is_one_line() -> None:
     assert done.returncode == 1
     assert "http://127.0.0.1:9" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_frontend_is_measured_and_written(tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    argv = [sys.executable, str(SERVING.with_name("frontend.py")), "--rounds", "1", "--requests", "2", "--json"]
+    done = subprocess.run([*argv, str(target)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(target.read_text())["microseconds"]
+    assert set(told["a request of 32 tokens"]) == {"chat", "chat, streamed", "/generate, streamed"}
+    assert all(taken > 0 for numbers in told.values() for taken in numbers.values())
+    assert "chat, streamed" in done.stdout

@@ -15,7 +15,7 @@ import uvloop
 
 from ziphius.config import ServeConfig
 from ziphius.frontend.app import build_app
-from ziphius.frontend.engine_client import EngineClient, EngineEvents
+from ziphius.frontend.engine_client import EngineClient, EngineEvents, EngineTransport
 from ziphius.frontend.listener import HttpServer, bind, http_server
 from ziphius.frontend.metrics import Exposition, Metrics
 from ziphius.frontend.model import ModelInfo, ServedModel
@@ -31,10 +31,11 @@ class RunningServer:
 
     def __init__(self, core: fakes.FakeCore, step_s: float, ready: bool, write_timeout_s: float,
                  settings: dict[str, Any], model: str = MODEL, vocab_size: int = fakes.VOCAB_SIZE,
-                 context: int = fakes.CONTEXT) -> None:  # fmt: skip
+                 context: int = fakes.CONTEXT, engine: EngineTransport | None = None) -> None:  # fmt: skip
+        """`engine`: in the place of a FakeEngine with `core`."""
+        self.engine: Any = engine or fakes.FakeEngine(core, step_s)
         self.model, self._vocab_size, self._context = model, vocab_size, context
         self.core = core
-        self._step_s = step_s
         self._settings = settings
         self._ready = ready
         self._write_timeout_s = write_timeout_s
@@ -53,7 +54,6 @@ class RunningServer:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         config = ServeConfig(**self._settings)
-        self.engine = fakes.FakeEngine(self.core, self._step_s)
         metrics = Metrics(model_name=self.model)
         events = EngineEvents(lambda progress: None, self._on_ready, lambda fatal: None)
         capacity = (config.max_running_requests or 32) + config.max_queued_requests

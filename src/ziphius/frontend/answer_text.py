@@ -59,7 +59,7 @@ MakeParser = Callable[[], Parser]
 class AnswerText:
     """The text of one answer, through all stages."""
 
-    __slots__ = ("_detokenizer", "_keeps_stops", "_matcher", "_min_tokens", "_parser")
+    __slots__ = ("_detokenizer", "_keeps_stops", "_matcher", "_min_tokens", "_parser", "has_stops")
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions, min_tokens: int, parser: Parser) -> None:
         """Stop strings count once the answer has `min_tokens` tokens."""
@@ -68,36 +68,40 @@ class AnswerText:
         self._keeps_stops = options.no_stop_trim
         self._min_tokens = min_tokens
         self._parser = parser
-
-    @property
-    def has_stops(self) -> bool:
+        self.has_stops = self._matcher is not None
         """Whether a `push` can end the answer: then push one token at a time."""
-        return self._matcher is not None
 
     def push(self, ids: Sequence[int], num_tokens: int, delta: Delta) -> str | None:
         """Add the text of `ids`, up to the answer's token number `num_tokens`, to `delta`.
 
         The stop string that ended the answer, if one did; nothing may be pushed after it.
         """
-        return self._look_for_stops(self._detokenizer.push(ids), num_tokens, delta)
+        text = self._detokenizer.push(ids)
+        if self._matcher is None or num_tokens < self._min_tokens:
+            self._parser.push(text, delta)
+            return None
+        return self._look_for_stops(self._matcher, text, delta)
 
     def end(self, num_tokens: int, delta: Delta) -> str | None:
         """The answer has ended: bring out what is withheld, an unfinished character as U+FFFD.
 
         The stop string in what was withheld, if there is one. Call it once, and not after `push` found one.
         """
-        matched = self._look_for_stops(self._detokenizer.flush(), num_tokens, delta)
-        if matched is None:
-            if self._matcher is not None:
-                self._parser.push(self._matcher.flush(), delta)
-            self._parser.end(delta)
-        return matched
+        text = self._detokenizer.flush()
+        matcher = self._matcher
+        if matcher is not None and num_tokens >= self._min_tokens:
+            matched = self._look_for_stops(matcher, text, delta)
+            if matched is not None:
+                return matched
+            text = ""
+        if matcher is not None:
+            text += matcher.flush()
+        self._parser.push(text, delta)
+        self._parser.end(delta)
+        return None
 
-    def _look_for_stops(self, text: str, num_tokens: int, delta: Delta) -> str | None:
-        if self._matcher is None or num_tokens < self._min_tokens:
-            self._parser.push(text, delta)
-            return None
-        scan = self._matcher.push(text)
+    def _look_for_stops(self, matcher: StopMatcher, text: str, delta: Delta) -> str | None:
+        scan = matcher.push(text)
         if scan.matched is None:
             self._parser.push(scan.text, delta)
             return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ziphius.errors import EngineFailed, ZiphiusError
 from ziphius.frontend.answer_text import AnswerText, Delta, MakeParser, PlainText
 from ziphius.frontend.sampling import TextOptions
-from ziphius.ipc.messages import FinishKind, RequestOutput, SamplingParams, TokenLogprob
+from ziphius.ipc.messages import Finish, FinishKind, RequestOutput, SamplingParams, TokenLogprob
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 
@@ -107,7 +107,7 @@ class RequestStream:
 
     def _add_tokens(self, output: RequestOutput, now: float) -> None:
         ids, logprobs, pending = output.token_ids, output.logprobs, self._pending
-        hidden = self._hidden_end(output)
+        hidden = output.finish is not None and self._hidden_end(output.finish, output.token_ids[-1])
         if not self._text.has_stops:
             pending.token_ids += ids
             pending.logprobs += logprobs
@@ -125,16 +125,9 @@ class RequestStream:
                 self._end(StreamFinish("stop", matched=matched), now)
                 return
 
-    def _hidden_end(self, output: RequestOutput) -> bool:
+    def _hidden_end(self, finish: Finish, last_id: int) -> bool:
         """Whether the last token ended the answer and stays out of its text."""
-        finish = output.finish
-        return (
-            finish is not None
-            and finish.kind == "stop"
-            and finish.matched is not None
-            and output.token_ids[-1] == finish.matched
-            and not self.request.text.no_stop_trim
-        )
+        return finish.kind == "stop" and finish.matched == last_id and not self.request.text.no_stop_trim
 
     def _finish_from_engine(self, output: RequestOutput, now: float) -> None:
         finish = output.finish
