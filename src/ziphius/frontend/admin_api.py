@@ -26,7 +26,7 @@ _PROBE_TIMEOUT_S = 20.0
 
 
 class Unhealthy(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of /health while it is 503."""
+    """The body of /health when its status is 503."""
 
     status: str
     phase: str
@@ -35,7 +35,7 @@ class Unhealthy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfoBody(msgspec.Struct, frozen=True, kw_only=True):
-    """/get_model_info, under SGLang's names."""
+    """The body of /get_model_info, with SGLang's names."""
 
     model_path: str
     served_model_name: str
@@ -77,7 +77,7 @@ async def _health(service: Service, request: Request) -> Response:
 
 
 async def _health_generate(service: Service, request: Request) -> Response:
-    """Healthy if a token can be generated now; a server that is generating anyway need not prove it."""
+    """Healthy if a token can be generated now. A server that is generating for a request needs no test."""
     if not service.healthy:
         return _unhealthy(service)
     if service.client.heard_recently:

@@ -40,7 +40,7 @@ ENDPOINTS = (
 
 
 def build_app(service: Service) -> ASGIApp:
-    """The application for one service; build as many as you like."""
+    """The application for one service."""
     app = Starlette(
         routes=[_EndpointRoute(endpoint, service) for endpoint in ENDPOINTS],
         exception_handlers={
@@ -51,7 +51,7 @@ def build_app(service: Service) -> ASGIApp:
         },
     )
     guarded: ASGIApp = app if service.config.api_key is None else KeyMiddleware(app, service.config.api_key)
-    # Any origin, never with credentials: a page can send the bearer key only if somebody gave it to it
+    # Any origin, but never with credentials: a page can send the key only if somebody gave it the key
     crossing = CORSMiddleware(guarded, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
     return CountingMiddleware(crossing, service.metrics)
 
@@ -89,7 +89,7 @@ class KeyMiddleware:
 
 
 class CountingMiddleware:
-    """Counts requests and responses by route, so that a caller cannot make labels up."""
+    """Counts requests and responses by route. A caller cannot invent labels: an unknown path counts as `other`."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -135,7 +135,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
-    """The client went while it sent its body: nobody reads this."""
+    """The client left while it sent its body: nobody reads this answer."""
     return Response(status_code=400)
 
 

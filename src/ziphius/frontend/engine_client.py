@@ -1,4 +1,4 @@
-"""The frontend's side of the engine: admission, open requests, aborts, stats; it parses no HTTP and forms no text.
+"""The frontend's side of the engine: admission, open requests, aborts, statistics.
 
 Whatever happens, each stream that `submit` opened gets exactly one finish: from the engine, from an abort,
 or from `fail` when the engine has gone.
@@ -38,7 +38,7 @@ from ziphius.tokenizer.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 STALL_S = 120.0
-"""An engine that has requests and says nothing for so long counts as stuck."""
+"""An engine that has requests and sends nothing for so long counts as stuck."""
 
 
 class EngineTransport(Protocol):
@@ -51,7 +51,7 @@ class EngineTransport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineEvents:
-    """Whom to tell of what is not about a request."""
+    """What to call for messages that are not about a request."""
 
     progress: Callable[[LoadProgress], None]
     ready: Callable[[Ready], None]
@@ -74,9 +74,9 @@ class EngineClient:
         self._metrics = metrics
         self._events = events
         self._open: dict[str, _Open] = {}
-        """By the engine's rid, until the engine has said its last word: then its place is free again."""
+        """By the engine's rid, until the engine has ended the request: then its place is free again."""
         self._by_public_rid: dict[str, RequestStream] = {}
-        """Only those whose client still waits."""
+        """Requests whose client still waits."""
         self._outbox: deque[ToEngine] = deque()
         self._outbox_filled = asyncio.Event()
         self._flushes: deque[asyncio.Future[FlushResult]] = deque()
@@ -87,7 +87,10 @@ class EngineClient:
         self._heard_at = time.monotonic()
 
     async def run(self) -> None:
-        """Carry messages both ways until cancelled. An error of either way ends both: no request may wait unheard."""
+        """Carry messages both ways until cancelled.
+
+        An error in one direction ends both; otherwise requests would wait for ever.
+        """
         async with asyncio.TaskGroup() as both:
             both.create_task(self._send_all())
             both.create_task(self._receive_all())
@@ -99,7 +102,7 @@ class EngineClient:
 
     @property
     def stalled(self) -> bool:
-        """Whether the engine has said nothing for long although it has work."""
+        """Whether the engine has sent nothing for a long time although it has work."""
         return bool(self._open) and time.monotonic() - self._heard_at > STALL_S
 
     @property
@@ -131,7 +134,7 @@ class EngineClient:
         return generation
 
     def check_room(self, count: int) -> None:
-        """Whether `count` sequences would be taken now; raises as `submit` does. Cheap: ask before encoding prompts."""
+        """Raise what `submit` would raise for `count` sequences now. It is cheap: call it before encoding."""
         if self._failure is not None:
             raise self._failure
         if count > self.capacity:
@@ -150,7 +153,7 @@ class EngineClient:
             self._abort(stream, generation, "Aborted")
 
     def abort(self, public_rid: str) -> None:
-        """End the request with exactly this rid, or those of the batch or the copies that it stands for."""
+        """End the request with exactly this rid, or all sequences of the batch or the copies with this rid."""
         for rid, stream in list(self._by_public_rid.items()):
             if public_rid in (rid, stream.request.group_rid):
                 self._abort(stream, self._open[stream.engine_rid].generation, "Aborted")
@@ -169,7 +172,7 @@ class EngineClient:
         return await future
 
     async def wait_idle(self) -> None:
-        """Until no request is open."""
+        """Wait until no request is open."""
         await self._idle.wait()
 
     async def shutdown(self) -> None:
@@ -177,7 +180,7 @@ class EngineClient:
         await self._transport.send(Shutdown())
 
     def fail(self, reason: str) -> None:
-        """The engine has gone: every open request gets an error now, and every later one too."""
+        """The engine has died: end every open request with an error, and refuse every later one."""
         self._failure = EngineFailed(reason)
         now = time.monotonic()
         for rid, entry in list(self._open.items()):

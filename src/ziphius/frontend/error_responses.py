@@ -1,4 +1,4 @@
-"""The one mapping from the error tree to HTTP responses and SSE events, and plain JSON; it raises and logs nothing."""
+"""The one mapping from the error tree to HTTP responses and SSE events; and JSON responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SSE_DONE = b"data: [DONE]\n\n"
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """OpenAI's error object; its clients read these four."""
+    """OpenAI's error object. Its clients read these four fields."""
 
     message: str
     type: str
@@ -35,7 +35,7 @@ def error_body(error: ZiphiusError) -> bytes:
 def error_response(error: ZiphiusError) -> Response:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.http_status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        # The rest of the body may still be on its way and nobody will read it
+        # The rest of the body may still be on its way, and nobody will read it
         headers["Connection"] = "close"
     if error.http_status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
@@ -43,10 +43,10 @@ def error_response(error: ZiphiusError) -> Response:
 
 
 def error_event(error: ZiphiusError) -> bytes:
-    """The last event of a stream that failed after it began; no [DONE] follows it."""
+    """The last event of a stream that failed after it had begun. No [DONE] follows it."""
     return b"data: " + error_body(error) + b"\n\n"
 
 
 def json_response(content: object, status: int = 200) -> Response:
-    """`content`: anything msgspec encodes."""
+    """`content`: anything that msgspec can encode."""
     return Response(msgspec.json.encode(content), status_code=status, media_type=JSON)

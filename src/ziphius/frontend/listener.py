@@ -1,4 +1,4 @@
-"""The HTTP listener: a bound socket and a uvicorn on it that leaves signals alone; it knows no routes."""
+"""The HTTP listener: a bound socket, and uvicorn without signal handlers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ziphius.errors import InstanceError, PortInUse
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 75
 _LAST_WRITES_S = 5
-"""After the last request has ended, its bytes have so long to reach the client."""
+"""The bytes of the last request have so long to reach its client."""
 _UNREAD_MS = 60_000
-"""A client that takes nothing for so long loses its connection."""
+"""A client that acknowledges nothing for so long loses its connection."""
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Nobody else can listen on it from now on, although nothing is accepted yet."""
+    """A socket that listens on the port. From now on the port is taken, although no connection is accepted yet."""
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as e:
         raise InstanceError(f"cannot listen on {host}: {e.strerror}", param="host") from e
-    # `localhost` means both; clients that try only one of them try IPv4
+    # `localhost` has an IPv4 and an IPv6 address; clients that try only one of them try IPv4
     family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # Linux hands it on to accepted sockets
+            # On Linux accepted sockets inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
         listener.bind(address)
         listener.listen(_BACKLOG)
@@ -46,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: signals belong to whoever runs it."""
+    """uvicorn without its signal handlers, because `serve` handles the signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

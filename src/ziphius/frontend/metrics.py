@@ -1,4 +1,4 @@
-"""Numbers about the service: counted where things happen, told on /metrics and /status; it decides nothing by them."""
+"""Numbers about the service, for /metrics and /status. They are counted where things happen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOKENS = (1.0, 10.0, 50.0, 100.0, 200.0, 400.0, 700.0, 1000.0, 2000.0, 4000.0, 
 
 
 class Histogram:
-    """Counts per bucket. Cheaper than prometheus_client's: it is fed once for each token."""
+    """Counts per bucket. It is cheaper than prometheus_client's, because it is updated once per token."""
 
     __slots__ = ("_bounds", "_counts", "_sum")
 
@@ -65,7 +65,7 @@ class RateMeter:
             self._seconds.popleft()
 
     def rate(self) -> float:
-        """Of the window's seconds that are over; those before the first event do not count."""
+        """The mean over the window's seconds that are over. Seconds before the first event do not count."""
         now = int(self._clock())
         recent = [(second, count) for second, count in self._seconds if now - self.WINDOW_S <= second < now]
         if not recent:
@@ -75,11 +75,11 @@ class RateMeter:
 
 @dataclass(slots=True)
 class Metrics:
-    """Everything counted in this process. Names follow SGLang's where SGLang has the number."""
+    """Everything that this process counts. A number that SGLang has too has SGLang's name."""
 
     model_name: str = ""
     engine: EngineStats = field(default_factory=EngineStats)
-    """The engine's last word."""
+    """The engine's latest statistics."""
     context_length: int = 0
     open_requests: int = 0
     requests: int = 0
@@ -109,7 +109,7 @@ class Metrics:
 
     @property
     def kv_tokens_used(self) -> int:
-        """Held by running requests; what the prefix cache alone keeps can be evicted and does not count."""
+        """Tokens of running requests. What only the prefix cache keeps can be evicted and does not count."""
         engine = self.engine
         return (engine.pages_total - engine.pages_free - engine.pages_cached) * engine.page_size
 
@@ -129,7 +129,7 @@ class Exposition:
         return generate_latest(self._registry)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry would otherwise collect once only to learn the names."""
+        """Nothing. Without this method the registry would collect once only to learn the names."""
         return ()
 
     def collect(self) -> Iterable[Metric]:

@@ -1,4 +1,4 @@
-"""ServedModel: the model behind the API and its limits; turns prompts into token ids and generates nothing."""
+"""ServedModel: the model behind the API, its tokenizer and its limits. It turns prompts into token ids."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ziphius.frontend.sampling import ModelLimits
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 ROLES = frozenset({"system", "user", "assistant", "tool", "function", "developer", "latest_reminder", "root"})
-"""SGLang's. The template decides what it makes of the rarer ones."""
+"""The roles that SGLang knows. What a rare one means is up to the chat template."""
 DEFAULT_ALIAS = "default"
-"""SGLang's name for whatever model there is."""
+"""SGLang's name for the model that is served, whatever its name is."""
 _INLINE_CHARACTERS = 20_000
-"""A text of this size is encoded in a few milliseconds; a longer one goes to a thread, so that streams flow on."""
+"""A text of this size takes a few milliseconds to encode. A longer one goes to a thread, so that no stream waits."""
 _MESSAGE_CHARACTERS = 100
 """Rendering a message takes as long as encoding so many characters."""
 _SHOWN_CHARACTERS = 40
-"""Of what a caller wrote, in an error about it."""
+"""So much of what a caller wrote is repeated in an error about it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Facts about the checkpoint for those who ask."""
+    """Facts about the checkpoint."""
 
     name: str
     path: str
@@ -38,7 +38,7 @@ class ModelInfo:
     created: int
     """Seconds since the epoch when it was opened."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """For requests to OpenAI's routes that leave sampling open."""
+    """Values for what a request to OpenAI's routes does not set."""
 
 
 class ServedModel:
@@ -48,7 +48,7 @@ class ServedModel:
         self.info = info
         self.tokenizer = tokenizer
         self.limits = ModelLimits(info.vocab_size, 0)
-        """The context is 0 until the engine has told it."""
+        """The context length is 0 until the engine is ready."""
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
 
     def check_name(self, name: str | None) -> None:
@@ -58,14 +58,14 @@ class ServedModel:
             raise UnknownModel(f"The model '{shown}' does not exist", param="model")
 
     async def encode(self, text: str, param: str) -> list[int]:
-        """Ids of a plain text, BOS included where the model wants one. InvalidRequest when there are none."""
+        """The ids of a plain text, with BOS if the model wants it. InvalidRequest when there are none."""
         ids = await self._encoded(len(text), lambda: self._encode(text, add_special_tokens=True))
         if not ids:
             raise InvalidRequest("Prompt cannot be empty", param=param)
         return ids
 
     async def encode_chat(self, messages: Sequence[ChatMessage], continue_final: bool) -> list[int]:
-        """Ids of the rendered conversation. InvalidRequest names the message at fault."""
+        """The ids of the rendered conversation. InvalidRequest names the message that is wrong."""
         template = self.tokenizer.chat
         if template is None:
             raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
@@ -95,14 +95,14 @@ class ServedModel:
         return ids
 
     async def _encoded(self, characters: int, encode: Callable[[], list[int]]) -> list[int]:
-        """What `encode` returns; it is called in a thread if it has to do with many characters."""
+        """What `encode` returns. It runs in a thread when there are many characters."""
         if characters <= _INLINE_CHARACTERS:
             return encode()
         return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) > _INLINE_CHARACTERS:
-            # Encoding tens of megabytes takes half a minute of a core; most of it need not begin
+            # Tens of megabytes take half a minute to encode: refuse before that what is too long in any case
             fewest = len(text) // self.tokenizer.longest_piece
             if fewest > self.limits.context_length:
                 raise ContextLengthExceeded(

@@ -1,6 +1,6 @@
-"""How /v1 writes answers: chat and completions, whole or as SSE; it waits for nothing and decides nothing.
+"""How OpenAI's routes write answers: chat and completions, whole or as SSE.
 
-The bytes of a streamed chunk are joined from parts made once per sequence: only the text is encoded anew.
+The bytes of a streamed chunk are joined from parts that were made once; only the text is encoded for each chunk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
-from ziphius.frontend.error_responses import SSE_DONE
+from ziphius.errors import ZiphiusError
+from ziphius.frontend.error_responses import SSE_DONE, error_event
 from ziphius.frontend.openai_logprobs import chat_logprobs, completion_logprobs
 from ziphius.frontend.stream import Generation, RequestStream
 from ziphius.tokenizer.tokenizer import Tokenizer
@@ -91,16 +92,16 @@ class FormatOptions:
     created: int
     model: str
     copies: int
-    """Sequences for each prompt; adjacent."""
+    """Sequences of each prompt. They follow one another."""
     logprobs: bool
     include_usage: bool = False
     continuous_usage: bool = False
     echo: tuple[str, ...] = ()
-    """The prompts' texts, where they go before the answers."""
+    """The prompts' texts, if they are to stand before the answers; else empty."""
 
 
 def usage_of(streams: Sequence[RequestStream], copies: int) -> Usage:
-    """Of these sequences: each prompt counts once, however many copies there are."""
+    """The usage of these sequences. Each prompt counts once, however many copies of it there are."""
     firsts = [stream for stream in streams if stream.index % copies == 0] or streams
     prompt = sum(len(stream.request.prompt_ids) for stream in firsts)
     completion = sum(stream.completion_tokens for stream in streams)
@@ -131,6 +132,9 @@ class _OpenAIFormat:
         usage = _encode(usage_of(generation.streams, self.options.copies))
         return self._frame + b'],"usage":' + usage + b"}\n\n" + SSE_DONE
 
+    def failed(self, error: ZiphiusError) -> bytes:
+        return error_event(error)
+
     def _chunk_usage(self, stream: RequestStream) -> bytes:
         """The end of a chunk after its choices."""
         if not self.options.continuous_usage:
@@ -154,7 +158,7 @@ class ChatFormat(_OpenAIFormat):
         super().__init__(options, tokenizer)
         self._begun: set[int] = set()
         self._late_logprobs: dict[int, list[bytes]] = {}
-        """Of tokens whose text is still withheld."""
+        """By sequence: the log-probabilities of tokens whose text is still withheld."""
 
     def events(self, stream: RequestStream) -> bytes:
         delta = stream.take()
@@ -223,7 +227,7 @@ class CompletionFormat(_OpenAIFormat):
 
     def events(self, stream: RequestStream) -> bytes:
         if not stream.has_text and stream.finish is None:
-            return b""  # the text is withheld, and so are its log-probabilities
+            return b""  # the text is withheld, and its log-probabilities wait for it
         text, logprobs = self._text_and_logprobs(stream)
         return b"".join(
             (
@@ -265,7 +269,7 @@ class CompletionFormat(_OpenAIFormat):
         )
 
     def _text_and_logprobs(self, stream: RequestStream) -> tuple[str, bytes]:
-        """The stream's news, with the prompt in front of the first where it is to be echoed."""
+        """The stream's news. If the prompt is to be echoed, it stands before the first of them."""
         options, index = self.options, stream.index
         delta = stream.take()
         first = index not in self._begun

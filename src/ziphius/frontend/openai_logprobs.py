@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes, as JSON; the numbers come from the engine as they are."""
+"""Log-probabilities in OpenAI's two shapes, as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ziphius.ipc.messages import TokenLogprob
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot say; OpenAI's own stand-in."""
+"""Stands for minus infinity, which JSON cannot express. OpenAI uses the same number."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -56,7 +56,10 @@ def chat_logprobs(entries: Sequence[TokenLogprob], tokenizer: Tokenizer) -> list
 
 
 def completion_logprobs(entries: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int) -> tuple[bytes, int]:
-    """The `logprobs` object for some tokens of a completion that begin at character `offset`; and where they end."""
+    """The `logprobs` object for some tokens of a completion, and the character where they end.
+
+    `offset`: the character where they begin.
+    """
     logprobs = _CompletionLogprobs([], [], [], [])
     any_top = any(entry.top for entry in entries)
     for entry in entries:
@@ -65,7 +68,7 @@ def completion_logprobs(entries: Sequence[TokenLogprob], tokenizer: Tokenizer, o
         logprobs.token_logprobs.append(None if entry.logprob is None else finite(entry.logprob))
         logprobs.tokens.append(text)
         if any_top:
-            # Of tokens that show as the same text the likelier one comes first and stays
+            # Several tokens may have the same text: the likeliest comes first and is kept
             best: dict[str, float] = {}
             for value, token in entry.top:
                 best.setdefault(tokenizer.token_text(token), finite(value))

@@ -60,10 +60,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "stream_interval": (1,),
     "beam_width": (1,),
 }
-"""Values, besides null, false and empty ones, that ask for nothing."""
+"""Values that ask for nothing, besides null, false and empty ones."""
 
 _SHOWN_CHARACTERS = 200
-"""Of a name that the caller made up, in an error about it."""
+"""So much of a name that a caller made up is repeated in an error about it."""
 
 _T = TypeVar("_T", bound=Body)
 _WHERE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
@@ -72,7 +72,7 @@ _MISSING = re.compile(r"^Object missing required field `(?P<name>.*)`$", re.DOTA
 
 
 def parse(data: bytes, kind: type[_T]) -> _T:
-    """`data` as a `kind`. InvalidRequest and UnsupportedField name the field at fault."""
+    """`data` as a `kind`. InvalidRequest and UnsupportedField name the field that is wrong."""
     try:
         body = msgspec.json.decode(data, type=kind)
     except msgspec.ValidationError as e:

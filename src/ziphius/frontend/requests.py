@@ -1,4 +1,4 @@
-"""Reads a request's body within its limits and knows the shape of rids; it parses no JSON itself."""
+"""Reads a request's body within its limits, and checks and numbers request ids (rids)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ziphius.frontend.engine_client import new_rid
 from ziphius.frontend.protocol import Body, parse
 
 _DISCARDED_BYTES = 64 * 1024 * 1024
-"""Of a body that is too large this much more is read and thrown away, so that its sender sees the answer."""
+"""So much of a body beyond the limit is read and thrown away, so that its sender sees the answer."""
 _LONGEST_RID = 256
 
 _T = TypeVar("_T", bound=Body)
 
 
 async def read_json(request: Request, kind: type[_T], max_bytes: int) -> _T:
-    """The body as a `kind`. InvalidRequest, UnsupportedField or BodyTooLarge."""
+    """The body as a `kind`. Raises InvalidRequest, UnsupportedField or BodyTooLarge."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # Browsers send other types across sites without asking first; SGLang refuses them too
+    # A page of another site can send other types without a preflight request; SGLang refuses them too
     if content_type != "application/json" and not content_type.endswith("+json"):
         await _discard(request)
         raise InvalidRequest("Unsupported Media Type: Only 'application/json' is allowed", param="content-type")
@@ -55,7 +55,7 @@ async def _discard(request: Request) -> None:
 
 
 def one_rid(rid: str | None) -> str:
-    """A caller's rid, checked, or a new one. It goes into logs, so it must be printable."""
+    """A caller's rid after a check, or a new one. It goes into logs, so it must be printable."""
     if rid is None:
         return new_rid()
     if not 0 < len(rid) <= _LONGEST_RID or not rid.isprintable():
@@ -66,10 +66,10 @@ def one_rid(rid: str | None) -> str:
 
 
 def numbered_rids(rid: str, count: int) -> list[str]:
-    """The rids of a request's sequences: its own, or numbered where there are several."""
+    """The rids of a request's sequences: the request's own for one sequence, numbered ones for several."""
     return [rid] if count == 1 else [f"{rid}_{i}" for i in range(count)]
 
 
 def several_rids(rids: Sequence[str], copies: int) -> list[str]:
-    """As `numbered_rids`, for a batch whose caller named each prompt."""
+    """As `numbered_rids`, for a batch in which each prompt has a rid from the caller."""
     return [numbered for rid in rids for numbered in numbered_rids(one_rid(rid), copies)]

@@ -1,4 +1,4 @@
-"""Checks what a caller asked of sampling and turns it into SamplingParams; it sees no prompt text and no HTTP."""
+"""Checks the sampling options of a request and turns them into the engine's SamplingParams."""
 
 from __future__ import annotations
 
@@ -29,50 +29,50 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What bounds a request to this engine, in tokens."""
+    """The limits of a request to this engine, in tokens."""
 
     vocab_size: int
     """Ids below this may be sent to the model."""
     context_length: int
-    """Prompt and answer together; also no more than the KV cache holds."""
+    """The most tokens of prompt and answer together; never more than the KV cache holds."""
 
 
 @dataclass(slots=True)
 class SamplingRequest:
-    """One caller's wishes under the engine's names, before the prompt is known. Checked by `checked`."""
+    """What a caller asked for, under the engine's names, before the prompt is known and before `checked` checks it."""
 
     fields: SamplingFields
     max_new_tokens: int | None
-    """None: `default_new_tokens`, or less where the context leaves less."""
+    """None: `default_new_tokens`, or less when the context has less room."""
     default_new_tokens: int | None
-    """None: as many as the context leaves."""
+    """None: as many as the context has room for."""
     min_new_tokens: int = 0
     seed: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs_from: int = -1
     names: Mapping[str, str] = field(default_factory=dict)
-    """The caller's names for fields that each API calls differently, for messages; missing: the same."""
+    """For messages: what the API calls a field whose name here is another. Names that are missing are the same."""
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """For what `fields` leaves open."""
+    """Values for what `fields` does not set."""
     prefix: str = ""
-    """Where the fields lie in the body, for messages."""
+    """For messages: what stands before a field's name, when the fields lie inside an object of the body."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """How an answer's tokens become text. Engine-side sampling knows nothing of it."""
+    """How an answer's tokens become text. The engine does not need it."""
 
     stops: tuple[str, ...] = ()
     stop_token_texts: Mapping[int, str] = field(default_factory=dict)
-    """Special tokens that a stop string named: they are invisible in text, so their ids end the answer."""
+    """Stop strings that are special tokens, by id. They are invisible in text, so their ids must end the answer."""
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedSampling:
-    """Valid for any prompt; `params_for` makes it fit one."""
+    """Options that were checked and hold for any prompt. `params_for` adapts them to one prompt."""
 
     request: SamplingRequest
     copies: int
@@ -127,7 +127,7 @@ class CheckedSampling:
 
     @property
     def wants_no_tokens(self) -> bool:
-        """The engine always makes one token; for max_new_tokens 0 it is thrown away."""
+        """Whether max_new_tokens is 0: the engine always makes one token, and then it is thrown away."""
         return self.request.max_new_tokens == 0
 
 
@@ -189,7 +189,7 @@ def _check_lengths(request: SamplingRequest) -> None:
 
 
 def _stops(value: str | list[str] | None, name: str, tokenizer: Tokenizer) -> tuple[tuple[str, ...], dict[int, str]]:
-    """The stop strings to look for in text, and those that are special tokens, by id."""
+    """The stop strings to look for in text, and by id those that are special tokens."""
     if not value:
         return (), {}
     stops = [value] if isinstance(value, str) else value
@@ -226,7 +226,7 @@ def _logit_bias(bias: Mapping[str, float] | None, name: str, vocab_size: int) ->
 
 
 def _given(value: _Number | None, suggested: _Number | None, default: _Number) -> _Number:
-    """What the caller said, else what the model's authors suggest, else the API's default."""
+    """The caller's value, else the one that the model's authors suggest, else the API's default."""
     if value is not None:
         return value
     return default if suggested is None else suggested
@@ -265,7 +265,10 @@ def _repetition_penalty(name: str, value: float) -> float:
 
 
 def _seed(seed: int | None, copy: int) -> int:
-    """A seed of 63 bits for one copy: the caller's own for the first, mixed for others, drawn where none was given."""
+    """A seed of 63 bits for one copy.
+
+    The first copy has the caller's seed and the others have seeds that are made from it. Without one, each is random.
+    """
     if seed is None:
         return random.getrandbits(63)
     if copy == 0:
@@ -278,7 +281,7 @@ def _seed(seed: int | None, copy: int) -> int:
 
 
 def _short(number: float) -> str:
-    """A number as text; a caller's may have thousands of digits."""
+    """A number as text. A number from a caller may have thousands of digits."""
     if isinstance(number, int) and abs(number) >= 10**20:
         return "a number of that size"
     return str(number)

@@ -1,4 +1,4 @@
-"""serve(): one server from port to exit code: binds, loads, watches the engine, drains; requests are not its matter.
+"""serve(): one server's life: it takes the port, loads the model, watches the engine, drains and exits.
 
 Order: the port is taken first, HTTP answers from then on (503 until ready), the checkpoint is opened,
 the engine is spawned and watched. Whatever ends first decides how the rest ends.
@@ -74,7 +74,7 @@ def serve(resolved: Resolved) -> int:
 
 
 def _log_settings(resolved: Resolved) -> None:
-    """What was asked for, for whoever reads the log later; secrets are masked."""
+    """Write the settings that are not defaults to the log. Secrets are masked."""
     told = [
         f"{option.name}={'********' if option.metadata['secret'] else getattr(resolved.config, option.name)}"
         for option in option_fields()
@@ -92,7 +92,7 @@ class _Server:
         self._folder = folder
         self._stopping = asyncio.Event()
         self._hurried = asyncio.Event()
-        """A second signal: requests that still run are aborted instead of waited for."""
+        """Set by a second signal: requests that still run are aborted, not waited for."""
         self._fatal: Fatal | None = None
         self._failed_code = ZiphiusError.exit_code
         self._ranks: Ranks | None = None
@@ -130,12 +130,12 @@ class _Server:
     def _build(self, channel: FrontendChannel) -> tuple[EngineClient, Service]:
         config, metrics = self._config, Metrics()
         events = EngineEvents(self._on_progress, self._on_ready, self._on_fatal)
-        # How many run together is told by the engine once it is ready.
+        # The engine says how many requests run together once it is ready
         client = EngineClient(channel, config.max_queued_requests, metrics, events)
         return client, Service(config, client, metrics, Exposition(metrics))
 
     async def _run_engine(self) -> str:
-        """Open the checkpoint, run the engine on it, and tell why that is over."""
+        """Open the checkpoint and run the engine on it. Returns the reason why the engine ended."""
         try:
             checkpoint, tokenizer = await _in_daemon_thread(self._open)
         except ZiphiusError as e:
@@ -184,7 +184,7 @@ class _Server:
     async def _drain(self, living: asyncio.Task[str]) -> bool:
         """Refuse new requests, let running ones end, abort the rest after the deadline or a second signal.
 
-        Whether the engine lived.
+        Returns whether the engine was alive until the end.
         """
         was_ready = self._service.state == "ready"
         self._service.state = "draining"
@@ -216,10 +216,10 @@ class _Server:
         if self._ranks is None:
             return
         if self._service.ready is None or self._service.state == "failed":
-            kill_children()  # it is loading and would not listen, or it is dead, or it is broken
+            kill_children()  # it is still loading and reads no messages, or it is dead or broken
         else:
             with contextlib.suppress(TimeoutError):
-                # Without a peer that lives a send would wait for ever
+                # A send to an engine that has died would wait for ever
                 await asyncio.wait_for(self._client.shutdown(), _SHUTDOWN_SEND_S)
         await self._ranks.stop(self._service.failure.message if self._service.failure is not None else "")
 
@@ -240,7 +240,7 @@ class _Server:
         self._progress_log(progress)
 
     def _on_ready(self, ready: Ready) -> None:
-        # What start-up made stays for good: without it the collector has little to walk, and pauses are short
+        # Objects from start-up stay for ever: the garbage collector need not visit them, so its pauses are short
         gc.collect()
         gc.freeze()
         self._client.capacity = ready.max_running_requests + self._config.max_queued_requests
@@ -257,7 +257,7 @@ class _Server:
 
 
 def _reason(serving: asyncio.Task[None], carrying: asyncio.Task[None], living: asyncio.Task[str]) -> str:
-    """Why the server cannot go on, from the first of its tasks to end."""
+    """Why the server cannot go on: what the first task to end says."""
     if living.done():
         error = living.exception()
         return living.result() if error is None else f"starting the engine failed: {error!r}"
@@ -267,7 +267,7 @@ def _reason(serving: asyncio.Task[None], carrying: asyncio.Task[None], living: a
 
 
 async def _in_daemon_thread(work: Callable[[asyncio.AbstractEventLoop], _Result]) -> _Result:
-    """Run `work` in a thread that does not hold up the exit, as an executor's would."""
+    """Run `work` in a daemon thread: unlike an executor's, it does not delay the exit."""
     loop = asyncio.get_running_loop()
     done: concurrent.futures.Future[_Result] = concurrent.futures.Future()
 

@@ -1,4 +1,4 @@
-"""Service: one server's state (phase, model, engine client), shared by its endpoints; it starts and stops nothing."""
+"""Service: one server's state (phase, model, engine client), which its endpoints share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = Literal["loading", "ready", "draining", "failed"]
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """GET /status: what the manager shows. No secrets."""
+    """The body of GET /status, which the manager shows. It holds no secrets."""
 
     state: State
     progress: LoadProgress | None
@@ -40,7 +40,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Service:
-    """Everything an endpoint may need. Changed by the launcher only."""
+    """Everything that an endpoint may need. Only `serve` changes it."""
 
     config: ServeConfig
     client: EngineClient
@@ -55,7 +55,7 @@ class Service:
     started_at: float = field(default_factory=time.monotonic)
     version: str = field(default_factory=package_version)
     write_timeout_s: float = 60.0
-    """A client that takes nothing for so long is given up."""
+    """The request of a client that reads nothing for so long is aborted."""
 
     @property
     def healthy(self) -> bool:
@@ -63,7 +63,7 @@ class Service:
         return self.state == "ready" and not self.client.stalled
 
     def require_model(self) -> ServedModel:
-        """The model when it may generate. NotReady, ShuttingDown or EngineFailed otherwise."""
+        """The model, if it can generate now. Otherwise NotReady, ShuttingDown or EngineFailed."""
         if self.state == "ready" and self.model is not None:
             return self.model
         error = self._refusal()
@@ -71,7 +71,7 @@ class Service:
         raise error
 
     def described_model(self) -> ServedModel:
-        """The model once its checkpoint is open, ready or not; else NotReady or EngineFailed."""
+        """The model, ready or not, once its checkpoint is open. Before that NotReady or EngineFailed."""
         if self.model is None:
             raise self._refusal()
         return self.model

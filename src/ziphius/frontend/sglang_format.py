@@ -1,7 +1,7 @@
-"""How /generate writes answers, whole or as SGLang's cumulative SSE; it waits for nothing and decides nothing.
+"""How /generate writes answers, whole or as SGLang's cumulative SSE.
 
-Each event repeats the whole answer so far. Its text, ids and log-probabilities are kept as JSON already
-written, so that an event costs copying and not encoding.
+Each event repeats the whole answer so far. Its text, ids and log-probabilities are kept as encoded JSON,
+so that an event copies them and does not encode them again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ziphius.frontend.error_responses import SSE_DONE
+from ziphius.errors import ZiphiusError
+from ziphius.frontend.error_responses import SSE_DONE, error_event
 from ziphius.frontend.openai_logprobs import finite
 from ziphius.frontend.stream import Generation, RequestStream, StreamFinish
 from ziphius.ipc.messages import TokenLogprob
@@ -44,11 +45,11 @@ class _Written:
     logprobs: bytearray = field(default_factory=bytearray)
     top: bytearray = field(default_factory=bytearray)
     prompt: bytes = b""
-    """input_token_logprobs and what belongs to them; written once."""
+    """`input_token_logprobs` and `input_top_logprobs`; written once."""
 
 
 class SglangFormat:
-    """/generate."""
+    """The format of /generate."""
 
     def __init__(self, options: SglangOptions, tokenizer: Tokenizer) -> None:
         self._options = options
@@ -61,6 +62,9 @@ class SglangFormat:
 
     def closing(self, generation: Generation) -> bytes:
         return SSE_DONE
+
+    def failed(self, error: ZiphiusError) -> bytes:
+        return error_event(error)
 
     def complete(self, generation: Generation) -> bytes:
         objects = [self._object(stream, b"") for stream in generation.streams]

@@ -1,6 +1,6 @@
-"""GenerationResponse: sends an answer, as JSON or SSE, and notices clients that go or stop reading; it formats nothing.
+"""GenerationResponse: sends an answer as JSON or SSE, and notices clients that leave or stop reading.
 
-Plain ASGI instead of StreamingResponse: one write for all the news of a step, and no task group per request.
+It is plain ASGI and no StreamingResponse: all the news of a step are one write, and a request needs no task group.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ziphius.frontend.error_responses import JSON, error_event, error_response
+from ziphius.errors import ZiphiusError
+from ziphius.frontend.error_responses import JSON, error_response
 from ziphius.frontend.stream import Generation, RequestStream
 
 logger = logging.getLogger(__name__)
@@ -25,14 +26,18 @@ _SSE_HEADERS = [
 
 
 class AnswerFormat(Protocol):
-    """How one API writes an answer."""
+    """How one API writes an answer: the last stage of its way out."""
 
     def events(self, stream: RequestStream) -> bytes:
-        """SSE events for a sequence's news, b"" when there is nothing to tell yet."""
+        """SSE events for a sequence's news; b"" when there is nothing to send yet."""
         ...
 
     def closing(self, generation: Generation) -> bytes:
         """SSE events after the last sequence has ended, [DONE] included."""
+        ...
+
+    def failed(self, error: ZiphiusError) -> bytes:
+        """The last SSE event of a stream that failed after it had begun."""
         ...
 
     def complete(self, generation: Generation) -> bytes:
@@ -41,7 +46,7 @@ class AnswerFormat(Protocol):
 
 
 class GenerationResponse(Response):
-    """The answer to one generation. However it ends, what still runs is aborted."""
+    """The answer to one generation. However it ends, sequences that still run are aborted."""
 
     def __init__(self, generation: Generation, form: AnswerFormat, write_timeout_s: float) -> None:
         super().__init__()
@@ -69,7 +74,7 @@ class GenerationResponse(Response):
             self._generation.close()
 
     def check_writing(self, task: asyncio.Task[None], now: float) -> None:
-        """Give the client up when the current write has been waiting for too long."""
+        """Abort the request when the current write has been waiting for too long."""
         if self._writing_since is not None and now - self._writing_since >= self._write_timeout_s:
             self._gave_up = True
             self._generation.close()
@@ -109,7 +114,7 @@ class GenerationResponse(Response):
             body = b"".join([form.events(stream) for stream in news if stream.finish is None or failure is None])
             last = generation.ended or failure is not None
             if last:
-                body += form.closing(generation) if failure is None else error_event(failure)
+                body += form.closing(generation) if failure is None else form.failed(failure)
             if not body:
                 continue
             self._writing_since = loop.time()
@@ -123,7 +128,7 @@ class GenerationResponse(Response):
 
 
 class _WriteGuard:
-    """Looks now and then whether a response's write is stuck: one timer for the whole of it."""
+    """Checks at intervals whether a response's write is stuck, with one timer for the whole response."""
 
     def __init__(self, response: GenerationResponse, timeout_s: float) -> None:
         self._response = response

@@ -1,4 +1,4 @@
-"""Finds stop strings in text that arrives in pieces; it knows nothing of tokens, requests or HTTP."""
+"""StopMatcher: finds stop strings in text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 
 class Scan(NamedTuple):
-    """What one piece of text came to."""
+    """The result for one piece of text."""
 
     text: str
-    """Text that is certain now: it belongs to no stop string."""
+    """Text that certainly belongs to no stop string."""
     matched: str | None
     """The stop string that was found; nothing may be pushed after it."""
 

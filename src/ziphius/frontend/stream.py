@@ -1,8 +1,8 @@
 """Answers on their way from the engine to a client: what has come, what is new, how it ended.
 
 A RequestStream is one sequence in the engine. A Generation is all the sequences of one HTTP request
-(copies, batches) and what its handler waits on. News that nobody fetches are merged, so that a client
-who does not read costs no more than its answer.
+(copies, batches) and what its handler waits for. News that nobody has fetched are merged, so that a client
+that does not read needs no more memory than its answer.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ class SequenceRequest:
     """One sequence to generate: what the engine gets and how its text is made."""
 
     public_rid: str
-    """What the caller sees and aborts by."""
+    """The id that the caller sees and can abort."""
     group_rid: str
-    """What the caller aborts the whole batch by, all copies included."""
+    """The id that aborts the whole batch, with all copies."""
     prompt_ids: list[int]
     sampling: SamplingParams
     text: TextOptions
     wants_no_tokens: bool = False
-    """The caller asked for 0 tokens: the one that the engine makes is thrown away."""
+    """The caller asked for 0 tokens: the one token that the engine makes is thrown away."""
     make_parser: MakeParser = PlainText
 
 
 @dataclass(frozen=True, slots=True)
 class StreamFinish:
-    """Why an answer ended. Set once."""
+    """Why an answer ended. It is set once."""
 
     kind: FinishKind
     matched: int | str | None = None
     """The end token's id or the stop string."""
     message: str | None = None
     error: ZiphiusError | None = None
-    """With `error` only."""
+    """Only when `kind` is `error`."""
 
 
 class RequestStream:
@@ -63,12 +63,12 @@ class RequestStream:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.finish: StreamFinish | None = None
         self.dirty = False
-        """In its generation's list of news."""
+        """Whether it is in its generation's list of news."""
         self._text = AnswerText(tokenizer, request.text, request.sampling.min_new_tokens, request.make_parser())
         self._pending = Delta("", [], [])
 
     def accept(self, output: RequestOutput, now: float) -> bool:
-        """Take the engine's news of one step; whether the client learns something by it."""
+        """Take the engine's news of one step. Returns whether there is something new for the client."""
         if self.finish is not None:
             return False
         self.cached_tokens, self.preemptions = output.cached_tokens, output.preemptions
@@ -88,7 +88,7 @@ class RequestStream:
         return bool(ids) or self.finish is not None
 
     def end(self, finish: StreamFinish, now: float) -> bool:
-        """End it from this side (an abort, a dead engine); False when it had ended already."""
+        """End it from this side (an abort, a dead engine). False when it had ended before."""
         if self.finish is not None:
             return False
         if finish.kind == "error" or not self._flush_text(now):
@@ -97,7 +97,7 @@ class RequestStream:
 
     @property
     def has_text(self) -> bool:
-        """Whether `take` would bring text."""
+        """Whether `take` would return text."""
         return bool(self._pending.text)
 
     def take(self) -> Delta:
@@ -157,13 +157,13 @@ class RequestStream:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """The sequences of one HTTP request, and the one handler that waits for their news."""
+    """The sequences of one HTTP request. One handler waits for their news."""
 
     streams: Sequence[RequestStream]
     on_close: Callable[[Generation], None]
     """Ends what still runs; called by `close`."""
     streaming: bool
-    """False: the handler is woken once, when everything has ended."""
+    """False: the handler is woken once, when all sequences have ended."""
     client_gone: bool = False
     _open: int = 0
     _news: list[RequestStream] = field(default_factory=list)
@@ -173,7 +173,7 @@ class Generation:
         self._open = len(self.streams)
 
     def notify(self, stream: RequestStream) -> None:
-        """`stream`, one of these, has news."""
+        """`stream`, one of the sequences, has news."""
         if stream.finish is not None:
             self._open -= 1
         if not stream.dirty:
@@ -183,7 +183,7 @@ class Generation:
             self._wake()
 
     async def news(self) -> list[RequestStream]:
-        """Wait for sequences with news, each with all of its news so far. Empty when the client has gone."""
+        """Wait until there are sequences with news, and return them. Empty when the client has left."""
         due = self._news and (self.streaming or self.ended or self.failure is not None)
         if not due and not self.client_gone:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -204,20 +204,20 @@ class Generation:
 
     @property
     def failure(self) -> ZiphiusError | None:
-        """The first error among the sequences: then the request as a whole has failed."""
+        """The first error among the sequences. With one, the request as a whole has failed."""
         for stream in self.streams:
             if stream.finish is not None and stream.finish.error is not None:
                 return stream.finish.error
         return None
 
     def leave(self) -> None:
-        """The client has gone: nobody waits for the rest."""
+        """The client has left: end what still runs and wake the handler."""
         self.client_gone = True
         self.close()
         self._wake()
 
     def close(self) -> None:
-        """End what still runs. Call it however the handler ends."""
+        """End what still runs. The handler must call it, however it ends."""
         self.on_close(self)
 
     def _wake(self) -> None:
