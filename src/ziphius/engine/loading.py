@@ -33,7 +33,6 @@ from ziphius.ipc.messages import AddRequest, LoadProgress, Ready, SamplingParams
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import has_gpu_kernels
 from ziphius.models.causal_lm import CausalLM
-from ziphius.models.llama import LlamaForCausalLM
 from ziphius.models.loader import WeightSource, load_model, make_dummy
 from ziphius.planner.evaluate import SHORTEST_CONTEXT
 from ziphius.planner.measured import compare
@@ -158,11 +157,10 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
             _log.log(logging.WARNING if off else logging.INFO, "%s", line)
     num_pages = size.pages(config.page_size)
     runner = _make_runner(config, model, num_pages, context_length, precision, team.parallel, report)
-    on_cpu = model.on_cpu if isinstance(model, LlamaForCausalLM) else None
-    if on_cpu is not None:
+    if model.own_threads:
         report(LoadProgress(phase="kernels", detail="compiled at the first start, then kept"))
-        on_cpu.compile()
-    loaded = LoadedRank(config, checkpoint, ready, runner, num_pages, precision.device, team, on_cpu is not None)
+        model.compile_kernels()
+    loaded = LoadedRank(config, checkpoint, ready, runner, num_pages, precision.device, team, model.own_threads)
     report(LoadProgress(phase="warm-up"))
     if team.parallel.rank == 0:
         warm_up(loaded)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.config import LatentAttention, ModelConfig
 from ziphius.distributed import ParallelState
 
 
@@ -52,23 +51,17 @@ class KVPool:
         self.scratch_page = num_pages
         slots = (num_pages + 1) * page_size
         self.kv: list[KVCache] = []
-        """The layers of a Llama; empty for MLA."""
+        """The layers of grouped-query attention; empty for MLA."""
         self.latent: list[LatentCache] = []
-        """The layers of MLA; empty for a Llama."""
+        """The layers of MLA; empty for grouped-query attention."""
         for _ in range(config.num_hidden_layers):
             # Zeros, because a masked score times uninitialised NaN would still be NaN.
-            if config.mla is not None:
-                shape: tuple[int, ...] = (slots, config.mla.latent_dim)
-                self.latent.append(LatentCache(_zeros(shape, dtype, device)))
+            if isinstance(config.attention, LatentAttention):
+                self.latent.append(LatentCache(_zeros((slots, config.attention.latent_dim), dtype, device)))
             else:
                 shape = (slots, parallel.shard_kv_heads(config.num_key_value_heads), config.head_dim)
                 k, v = (_zeros(shape, dtype, device) for _ in range(2))
                 self.kv.append(KVCache(k, v))
-
-    @property
-    def layers(self) -> Sequence[KVCache | LatentCache]:
-        """Whichever there are, in the model's order."""
-        return self.latent or self.kv
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,9 @@
-"""CausalLM: what the runner and the loader ask of a model, and the classes by architecture."""
+"""CausalLM: what the runner and the loader ask of a model; make_model makes one of any architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Protocol
 
 import torch
@@ -10,13 +11,12 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend
 from ziphius.attention.batch import ForwardBatch
+from ziphius.checkpoint.architectures import architecture_of
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import ParallelState
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.layer import CheckpointTensor
 from ziphius.layers.quantization import LinearFormat
-from ziphius.models.deepseek_v2 import DeepseekV2ForCausalLM
-from ziphius.models.llama import LlamaForCausalLM
 
 
 class CausalLM(Protocol):
@@ -40,6 +40,13 @@ class CausalLM(Protocol):
     def nbytes(self) -> int:
         """Bytes of this rank's weights."""
 
+    @property
+    def own_threads(self) -> bool:
+        """Whether it computes on threads of its own: torch's are then best kept few."""
+
+    def compile_kernels(self) -> None:
+        """Compile what the first step would otherwise compile."""
+
 
 def make_model(
     config: ModelConfig,
@@ -48,7 +55,7 @@ def make_model(
     dtype: torch.dtype,
     device: torch.device,
 ) -> CausalLM:
-    """An uninitialised model of `config`'s architecture."""
-    if config.architecture == "LlamaForCausalLM":
-        return LlamaForCausalLM(config, parallel, linear_format, dtype, device)
-    return DeepseekV2ForCausalLM(config, parallel, linear_format, dtype, device)
+    """An uninitialised model of `config`'s architecture; its class is what the architecture's row names."""
+    module, name = architecture_of(config.architecture).model.split(":")
+    model_class: Callable[..., CausalLM] = getattr(import_module(module), name)
+    return model_class(config, parallel, linear_format, dtype, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend, ProjectedTokens
 from ziphius.attention.batch import ForwardBatch
-from ziphius.checkpoint.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
+from ziphius.checkpoint.config import LatentAttention, ModelConfig, MoEConfig, YarnConfig
 from ziphius.distributed import ParallelState
 from ziphius.errors import UnsupportedModel
 from ziphius.kernels.routing_reference import select_experts
@@ -43,7 +43,7 @@ LATENT_NORM_EPS = 1e-6
 class LatentExpansion(Layer):
     """kv_b_proj, cut by heads into its key half and its value half. It stays float: decoding absorbs it."""
 
-    def __init__(self, heads: int, mla: MLAConfig, context: LayerContext) -> None:
+    def __init__(self, heads: int, mla: LatentAttention, context: LayerContext) -> None:
         local = context.parallel.shard(heads, "num_attention_heads")
         rows = mla.qk_nope_head_dim + mla.v_head_dim
         self._shape = (heads * rows, mla.kv_lora_rank)
@@ -69,8 +69,8 @@ class LatentProjection(Layer):
     Where queries are not compressed (q_lora_rank null) they are in the same product, this rank's heads of them.
     """
 
-    def __init__(self, config: ModelConfig, mla: MLAConfig, context: LayerContext) -> None:
-        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+    def __init__(self, config: ModelConfig, mla: LatentAttention, context: LayerContext) -> None:
+        hidden, heads, bias = config.hidden_size, mla.heads, mla.bias
         self.q_norm = None if mla.q_lora_rank is None else RMSNorm(mla.q_lora_rank, LATENT_NORM_EPS, context)
         self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_NORM_EPS, context)
         queries = context.parallel.shard(heads, "num_attention_heads") * mla.qk_head_dim
@@ -104,16 +104,15 @@ class LatentProjection(Layer):
 class DeepseekV2Attention(Layer):
     """Multi-head latent attention."""
 
-    def __init__(self, config: ModelConfig, mla: MLAConfig, context: LayerContext) -> None:
-        heads = config.num_attention_heads
+    def __init__(self, config: ModelConfig, mla: LatentAttention, context: LayerContext) -> None:
         self._mla = mla
         self._ops = context.ops
         self._scale = mla.qk_head_dim**-0.5
         if isinstance(config.rope_scaling, YarnConfig):
             self._scale *= yarn_softmax_scale(config.rope_scaling)
         self.latent = LatentProjection(config, mla, context)
-        self.kv_b_proj = LatentExpansion(heads, mla, context)
-        self.o_proj = RowParallelLinear(heads * mla.v_head_dim, config.hidden_size, context, bias=config.attention_bias)
+        self.kv_b_proj = LatentExpansion(mla.heads, mla, context)
+        self.o_proj = RowParallelLinear(mla.heads * mla.v_head_dim, config.hidden_size, context, bias=mla.bias)
 
     def __call__(
         self,
@@ -178,7 +177,7 @@ class DeepseekV2MoE(Layer):
 class DeepseekV2Layer(Layer):
     """Attention and MLP or experts, each behind a norm, each added to the residual sum."""
 
-    def __init__(self, config: ModelConfig, mla: MLAConfig, layer_id: int, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, mla: LatentAttention, layer_id: int, context: LayerContext) -> None:
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, context)
         self.self_attn = DeepseekV2Attention(config, mla, context)
@@ -219,8 +218,8 @@ class DeepseekV2ForCausalLM(Layer):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        mla = config.mla
-        if mla is None:
+        mla = config.attention
+        if not isinstance(mla, LatentAttention):
             raise UnsupportedModel("DeepseekV2ForCausalLM needs latent attention: kv_lora_rank is missing")
         context = LayerContext(parallel, linear_format, make_ops(device, linear_format.batch_invariant), dtype, device)
         self.config = config
@@ -241,6 +240,14 @@ class DeepseekV2ForCausalLM(Layer):
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """See CausalLM."""
         return self.lm_head(hidden, out)
+
+    @property
+    def own_threads(self) -> bool:
+        """See CausalLM."""
+        return False
+
+    def compile_kernels(self) -> None:
+        """See CausalLM."""
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         """See CausalLM."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ziphius.attention.batch import ForwardBatch
-from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.config import GroupedQueryAttention, ModelConfig
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.context import LayerContext
 from ziphius.layers.linear import Linear
@@ -101,11 +101,19 @@ class LlamaOnCpu:
 
 
 def llama_on_cpu(
-    layers: Sequence[LlamaLayerParts], norm: RMSNorm, config: ModelConfig, context: LayerContext
+    layers: Sequence[LlamaLayerParts],
+    norm: RMSNorm,
+    config: ModelConfig,
+    shape: GroupedQueryAttention,
+    context: LayerContext,
 ) -> LlamaOnCpu | None:
-    """None where layers are computed one by one: on several ranks, with biases, or in another format."""
+    """None where layers are computed one by one: on several ranks, with more than a Llama has, or in another format.
+
+    More than a Llama has are biases, and norms of q and k.
+    """
     linear_format = context.linear_format
-    whole = context.parallel.size == 1 and not config.attention_bias and not config.mlp_bias
+    more = shape.qkv_bias or shape.o_bias or shape.qk_norm or config.mlp_bias
+    whole = context.parallel.size == 1 and not more
     if not whole or context.dtype != torch.float32 or not isinstance(linear_format, PackedInt8Format):
         return None
     return LlamaOnCpu(layers, norm, config, linear_format)
