@@ -30,7 +30,10 @@ def shrunk_v2(config: ModelConfig) -> ModelConfig:
 @pytest.fixture
 def configs(v25: ModelConfig, v2_lite: ModelConfig, llama3_8b: ModelConfig) -> list[ModelConfig]:
     llama = replace(llama3_8b, attention=GroupedQueryAttention(8, 2, 16), **SHRUNK)
-    return [shrunk_v2(v25), shrunk_v2(v2_lite), llama, replace(llama, tie_word_embeddings=True)]
+    qwen2 = replace(llama, architecture="Qwen2ForCausalLM", attention=GroupedQueryAttention(8, 2, 16, qkv_bias=True))
+    normed = GroupedQueryAttention(8, 4, 24, qk_norm=True)
+    qwen3 = replace(llama, architecture="Qwen3ForCausalLM", attention=normed)
+    return [shrunk_v2(v25), shrunk_v2(v2_lite), llama, replace(llama, tie_word_embeddings=True), qwen2, qwen3]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -12,6 +12,7 @@ from ziphius.checkpoint.decoder import DecoderShape
 from ziphius.checkpoint.deepseek_v2 import parse_deepseek_v2
 from ziphius.checkpoint.keys import Keys
 from ziphius.checkpoint.llama import parse_llama
+from ziphius.checkpoint.qwen import parse_qwen2, parse_qwen3
 from ziphius.errors import UnsupportedModel
 
 
@@ -50,6 +51,10 @@ ARCHITECTURES = (
                  GGUFLayout("llama", rotary_pairs=True)),
     Architecture("DeepseekV2ForCausalLM", "deepseek_v2", parse_deepseek_v2,
                  "ziphius.models.deepseek_v2:DeepseekV2ForCausalLM", yarn=True, remote_code=True),
+    Architecture("Qwen2ForCausalLM", "qwen2", parse_qwen2, "ziphius.models.llama:LlamaForCausalLM",
+                 GGUFLayout("qwen2")),
+    Architecture("Qwen3ForCausalLM", "qwen3", parse_qwen3, "ziphius.models.qwen:Qwen3ForCausalLM",
+                 GGUFLayout("qwen3")),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ziphius.layers.cuda_ops import CudaOps
 from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.layers.ops import TorchOps
 from ziphius.layers.quantization import DenseFormat
-from ziphius.models import deepseek_v2, llama
+from ziphius.models import deepseek_v2, llama, qwen
 from ziphius.models.dummy import fill_dummy
 
 PAGE = 4
@@ -48,9 +48,11 @@ LLAMA = replace(
     V2, architecture="LlamaForCausalLM", model_type="llama", attention=GroupedQueryAttention(4, 2, 12), moe=None,
     rope_scaling=None,
 )  # fmt: skip
+QWEN3 = replace(LLAMA, architecture="Qwen3ForCausalLM", attention=GroupedQueryAttention(4, 2, 20, qk_norm=True))
 CLASSES = {
     "DeepseekV2ForCausalLM": deepseek_v2.DeepseekV2ForCausalLM,
     "LlamaForCausalLM": llama.LlamaForCausalLM,
+    "Qwen3ForCausalLM": qwen.Qwen3ForCausalLM,
 }
 # (tokens in the cache before, tokens of this step) of each sequence, step by step; single tokens come first.
 STEPS = [
@@ -98,7 +100,7 @@ def run(model, attention, config: ModelConfig, device: torch.device, steps=STEPS
     return outs
 
 
-@pytest.mark.parametrize("config", [V2, V2_LITE, LLAMA], ids=["v2", "v2-lite", "llama"])
+@pytest.mark.parametrize("config", [V2, V2_LITE, LLAMA, QWEN3], ids=["v2", "v2-lite", "llama", "qwen3"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_logits(
     device: torch.device, config: ModelConfig, batch_invariant: bool, monkeypatch: pytest.MonkeyPatch
