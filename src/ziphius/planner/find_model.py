@@ -1,10 +1,8 @@
-"""From what a user wrote as MODEL to its config: a folder, a config.json, a GGUF file, or the hub; reads no weights."""
+"""find_model: the config of MODEL for a plan, wherever the model is; weights need not be there, and are not read."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +11,14 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.hub import DEFAULT_REVISION
+from ziphius.checkpoint.hub_cache import HubCache, hub_cache
+from ziphius.checkpoint.locate import ConfigFile, HubRepository, Packaged, WeightsFile, locate
+from ziphius.checkpoint.packaged import packaged_path
 from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
 from ziphius.installation import ziphius_home
 from ziphius.planner.memory import GROUP, WeightsFormat
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CONNECT_SECONDS = 3.0
 
 
@@ -55,25 +56,22 @@ def find_model(model: str, env: Mapping[str, str], revision: str | None = None) 
     tag or commit) is the hub's. ModelNotFound or ModelError name what was tried; UnsupportedModel names an
     architecture, setting or quantization that is not known.
     """
-    from ziphius.checkpoint.pull import SMOLLM2, packaged_path
-
-    if model == SMOLLM2.model_id:
-        path = packaged_path(SMOLLM2, ziphius_home(env))
+    place = locate(model)
+    if place is None:
+        raise ModelNotFound(f"no model {model!r}: there is no such file or folder, and it is no hub id (owner/name)")
+    if isinstance(place, Packaged):
+        path = packaged_path(place.package, ziphius_home(env))
         if not path.is_file():
             raise ModelNotFound(f"{model} is not on this machine yet; fetch it with: ziphius pull {model}")
         return _gguf(model, path, model)
-    path = Path(model).expanduser()
-    if model.strip() and path.is_dir():
-        folder = path.absolute()
-        return _hugging_face(model, folder / "config.json", folder.resolve().name, "folder", folder)
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return _gguf(model, path.absolute(), path.stem)
-        folder = path.absolute().parent
-        return _hugging_face(model, path.absolute(), folder.resolve().name, "config.json", folder)
-    if _HUB_ID.fullmatch(model) and not model.startswith("."):
-        return _from_hub(model, env, revision)
-    raise ModelNotFound(f"no model {model!r}: there is no such file or folder, and it is no hub id (owner/name)")
+    if isinstance(place, HubRepository):
+        return _from_hub(place, env, revision)
+    path = place.path
+    if isinstance(place, WeightsFile):
+        return _gguf(model, path, path.stem)
+    if isinstance(place, ConfigFile):
+        return _hugging_face(model, path, path.parent.resolve().name, "config.json", path.parent)
+    return _hugging_face(model, path / "config.json", path.resolve().name, "folder", path)
 
 
 def _hugging_face(
@@ -110,43 +108,14 @@ def _gguf(given: str, path: Path, name: str) -> ModelSource:
     return ModelSource(given, name, model_config(GGUFFile.open(path)), "gguf", path, True)
 
 
-def _from_hub(model: str, env: Mapping[str, str], revision: str | None) -> ModelSource:
-    name = model.split("/")[1]
-    cached = hub_cache_file(model, "config.json", env, revision)
-    if cached is not None:
-        return _hugging_face(model, cached, name, "hub cache", cached.parent)
-    fetched = _fetch_config(model, env, revision)
-    return _hugging_face(model, fetched, name, "hub", fetched.parent)
-
-
-def hub_cache_file(model: str, file: str, env: Mapping[str, str], revision: str | None = None) -> Path | None:
-    """`file` of a revision (default: main) in Hugging Face's cache, or None. huggingface_hub documents its layout.
-
-    Looked up here rather than by the library, whose import would take a fifth of the second that a plan may take.
-    """
-    repository = hub_cache(env) / ("models--" + model.replace("/", "--"))
-    wanted = revision or "main"
-    try:
-        commit = (repository / "refs" / wanted).read_text(encoding="ascii").strip()
-    except (OSError, ValueError):
-        commit = wanted  # a commit has no ref
-    path = repository / "snapshots" / commit / file
-    return path if path.is_file() else None
-
-
-def hub_cache(env: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps repositories: HF_HUB_CACHE, HF_HOME/hub, XDG_CACHE_HOME/huggingface/hub."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if env.get(name):
-            return Path(env[name]).expanduser()
-    return hub_home(env) / "hub"
-
-
-def hub_home(env: Mapping[str, str]) -> Path:
-    if env.get("HF_HOME"):
-        return Path(env["HF_HOME"]).expanduser()
-    cache = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".cache")
-    return Path(cache).expanduser() / "huggingface"
+def _from_hub(place: HubRepository, env: Mapping[str, str], revision: str | None) -> ModelSource:
+    cache = HubCache(hub_cache(env), place.model_id)
+    commit = cache.commit_of(revision or DEFAULT_REVISION)
+    cached = None if commit is None else cache.snapshot(commit) / "config.json"
+    if cached is not None and cached.is_file():
+        return _hugging_face(place.model_id, cached, place.name, "hub cache", cached.parent)
+    fetched = _fetch_config(place.model_id, env, revision)
+    return _hugging_face(place.model_id, fetched, place.name, "hub", fetched.parent)
 
 
 def _fetch_config(model: str, env: Mapping[str, str], revision: str | None) -> Path:
