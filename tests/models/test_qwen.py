@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3 from GGUF: the weights against transformers, the tokenizer against Hugging Face's of Qwen2."""
+"""Qwen2 and Qwen3: from GGUF and on the CPU's kernels against transformers, the tokenizer against Hugging Face's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from hf_oracle import CPU, VOCAB, Session, Tiny, difference, make_tiny, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ziphius.attention.select import make_backend
 from ziphius.checkpoint.gguf import GGUFSource, model_config
 from ziphius.checkpoint.gguf_file import GGUFFile
 from ziphius.checkpoint.gguf_tokenizer import tokenizer_files
+from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.distributed import SINGLE
+from ziphius.kernels.cpu import paged_attention
 from ziphius.models.loader import load_model
 from ziphius.tokenizer.tokenizer import Tokenizer
 
@@ -26,8 +29,14 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 SHAPES = {
-    "qwen2": {**SIZES, "model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {**SIZES, "model_type": "qwen3", "head_dim": 24},
+    "qwen2": {
+        **SIZES,
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
+    "qwen3": {**SIZES, "model_type": "qwen3", "head_dim": 32},
 }
 SPECIAL = ["<|endoftext|>", "<|im_end|>"]
 TEXT = "The quick brown fox's 12 tails don't   wag; it'll sit.\r\n\n  Ünïcöde 東京 été 1234!?\n\tend"
@@ -97,6 +106,23 @@ def test_logits_are_those_of_transformers(tiny: Tiny, tmp_path: Path) -> None:
     model = load_model(config, GGUFSource.open(path), SINGLE, "fp32", torch.float32, CPU)
     ids = prompt(40)
     assert difference(Session(model).run("a", ids, [17, 22, 1]), tiny.logits(ids)) < 1e-5
+
+
+def test_the_cpus_attention_kernels_take_what_a_qwen_gives_them(tiny: Tiny) -> None:
+    """Its queries and keys lie in memory otherwise than a Llama's: each is the result of a norm."""
+    ids = prompt(40)
+    session = Session(tiny.load(), page_size=16, backend=make_backend(CPU))
+    assert paged_attention.takes(session.pool.kv[0].k, 16)
+    assert difference(session.run("a", ids, [17, 1, 21, 1]), tiny.logits(ids)) < 1e-5
+
+
+def test_int8_weights_run_without_a_llamas_program(tiny: Tiny) -> None:
+    """Biases and norms of heads are not in it."""
+    model = load_model(tiny.config, SafetensorsSource(tiny.folder), SINGLE, "int8", torch.float32, CPU)
+    assert not model.own_threads
+    ids = prompt(40)
+    error = Session(model).run("a", ids, [17, 22, 1]) - tiny.logits(ids)
+    assert error.norm() < 0.1 * tiny.logits(ids).norm()
 
 
 @pytest.fixture(scope="module")
