@@ -27,14 +27,14 @@ class CausalLM(Protocol):
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
         """Compute one step and write its tokens into `pool` -> [tokens, hidden_size], after the final norm.
 
-        `attention.prepare(batch)` comes first, and is the caller's: it stays outside a captured graph.
+        The caller must call `attention.prepare(batch)` before: it is no part of a captured graph.
         """
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Rows of `forward`'s result [n, hidden_size] -> [n, vocab_size] float32, on every rank; in `out` if given."""
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-        """Every tensor of the checkpoint that this rank takes. A name may come twice: both take it."""
+        """Every tensor of the checkpoint that this rank takes. A name comes once for each place that takes it."""
 
     @property
     def nbytes(self) -> int:
@@ -42,10 +42,10 @@ class CausalLM(Protocol):
 
     @property
     def own_threads(self) -> bool:
-        """Whether it computes on threads of its own: torch's are then best kept few."""
+        """Whether the model computes on threads of its own; torch should then use only one."""
 
     def compile_kernels(self) -> None:
-        """Compile what the first step would otherwise compile."""
+        """Compile the kernels that the first step would otherwise compile."""
 
 
 def make_model(

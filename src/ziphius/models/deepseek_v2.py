@@ -1,7 +1,7 @@
 """DeepSeek-V2, V2-Lite, Coder-V2 and V2.5: latent attention and a mixture of experts (arXiv:2405.04434).
 
 Where transformers differs from DeepSeek's published modeling_deepseek.py, this follows the published model.
-Tensor names are the checkpoints'.
+The tensors have the checkpoints' names.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from ziphius.layers.layer import CheckpointTensor, Layer, Shard
 from ziphius.layers.linear import (
     ColumnParallelLinear,
     Linear,
-    ParallelLMHead,
     PartlyParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    VocabParallelEmbedding,
 )
 from ziphius.layers.mlp import GatedMLP
 from ziphius.layers.moe import RoutedExperts
@@ -35,9 +33,10 @@ from ziphius.layers.norm import RMSNorm
 from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding, yarn_softmax_scale
 from ziphius.layers.select import make_ops
+from ziphius.models.decoder import Decoder
 
 LATENT_NORM_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm: the published model leaves them at this, whatever rms_norm_eps is."""
+"""The epsilon of q_a_layernorm and kv_a_layernorm. The published model does not use rms_norm_eps for them."""
 
 
 class LatentExpansion(Layer):
@@ -64,9 +63,9 @@ class LatentExpansion(Layer):
 
 
 class LatentProjection(Layer):
-    """x -> (query input, latent, shared rotary key), in one product: what every head starts from.
+    """x -> (queries, latent, shared rotary key). One product computes the inputs that all heads share.
 
-    Where queries are not compressed (q_lora_rank null) they are in the same product, this rank's heads of them.
+    If queries are not compressed (q_lora_rank null), the product also computes the queries of this rank's heads.
     """
 
     def __init__(self, config: ModelConfig, mla: LatentAttention, context: LayerContext) -> None:
@@ -207,7 +206,7 @@ class DeepseekV2Layer(Layer):
         yield from self.mlp.checkpoint_tensors(f"{name}.mlp")
 
 
-class DeepseekV2ForCausalLM(Layer):
+class DeepseekV2ForCausalLM(Decoder[DeepseekV2Layer]):
     """A CausalLM."""
 
     def __init__(
@@ -222,11 +221,8 @@ class DeepseekV2ForCausalLM(Layer):
         if not isinstance(mla, LatentAttention):
             raise UnsupportedModel("DeepseekV2ForCausalLM needs latent attention: kv_lora_rank is missing")
         context = LayerContext(parallel, linear_format, make_ops(device, linear_format.batch_invariant), dtype, device)
-        self.config = config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
-        self.layers = [DeepseekV2Layer(config, mla, i, context) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.lm_head = ParallelLMHead(self.embed_tokens, config.tie_word_embeddings, context)
+        layers = [DeepseekV2Layer(config, mla, i, context) for i in range(config.num_hidden_layers)]
+        super().__init__(config, layers, context)
         self._rotary = RotaryEmbedding(mla.qk_rope_head_dim, config.rope_theta, config.rope_scaling, device)
 
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
@@ -236,25 +232,3 @@ class DeepseekV2ForCausalLM(Layer):
         for layer, cache in zip(self.layers, pool.latent, strict=True):
             x = layer(x, angles, cache, batch, attention)
         return self.norm(x)
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """See CausalLM."""
-        return self.lm_head(hidden, out)
-
-    @property
-    def own_threads(self) -> bool:
-        """See CausalLM."""
-        return False
-
-    def compile_kernels(self) -> None:
-        """See CausalLM."""
-
-    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-        """See CausalLM."""
-        yield from self.embed_tokens.checkpoint_tensors("model.embed_tokens")
-        for i, layer in enumerate(self.layers):
-            yield from layer.checkpoint_tensors(f"model.layers.{i}")
-        yield from self.norm.checkpoint_tensors("model.norm")
-        yield from self.lm_head.checkpoint_tensors(
-            "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        )

@@ -15,12 +15,13 @@ from ziphius.errors import UnsupportedModel
 from ziphius.kv_cache.kv_pool import KVCache, KVPool
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer
-from ziphius.layers.linear import ParallelLMHead, QKVParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from ziphius.layers.linear import QKVParallelLinear, RowParallelLinear
 from ziphius.layers.mlp import GatedMLP
 from ziphius.layers.norm import RMSNorm
 from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding
 from ziphius.layers.select import make_ops
+from ziphius.models.decoder import Decoder
 from ziphius.models.llama_cpu import LlamaLayerParts, llama_on_cpu
 
 
@@ -86,7 +87,7 @@ class LlamaLayer(Layer):
         return self.mlp(x), residual
 
     def parts(self) -> LlamaLayerParts:
-        """For a body that computes the whole layer at once."""
+        """The layer's parts, for kernels that compute the whole layer at once."""
         attention, mlp = self.self_attn, self.mlp
         return LlamaLayerParts(
             self.input_layernorm,
@@ -104,11 +105,11 @@ class LlamaLayer(Layer):
         yield from self.mlp.checkpoint_tensors(f"{name}.mlp")
 
 
-class LlamaForCausalLM(Layer):
-    """A CausalLM. The head may be tied to the embedding.
+class LlamaForCausalLM(Decoder[LlamaLayer]):
+    """A CausalLM.
 
-    Also Qwen2's: it differs in its biases alone, which the config's attention tells. A model with another attention
-    is a subclass that replaces `attention_class`.
+    Qwen2 uses it too: only its biases differ, and they are in the config's attention. A model with another attention
+    is a subclass with its own `attention_class`.
     """
 
     attention_class = LlamaAttention
@@ -125,12 +126,8 @@ class LlamaForCausalLM(Layer):
         if not isinstance(shape, GroupedQueryAttention):
             raise UnsupportedModel(f"{config.architecture} needs grouped-query attention")
         context = LayerContext(parallel, linear_format, make_ops(device, linear_format.batch_invariant), dtype, device)
-        self.config = config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
         attention = [self.attention_class(config, shape, context) for _ in range(config.num_hidden_layers)]
-        self.layers = [LlamaLayer(config, one, context) for one in attention]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.lm_head = ParallelLMHead(self.embed_tokens, config.tie_word_embeddings, context)
+        super().__init__(config, [LlamaLayer(config, one, context) for one in attention], context)
         self._rotary = RotaryEmbedding(shape.head_dim, config.rope_theta, config.rope_scaling, device)
         self.on_cpu = llama_on_cpu([layer.parts() for layer in self.layers], self.norm, config, shape, context)
 
@@ -144,10 +141,6 @@ class LlamaForCausalLM(Layer):
             x, residual = layer(x, residual, angles, cache, batch, attention)
         return self.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """See CausalLM."""
-        return self.lm_head(hidden, out)
-
     @property
     def own_threads(self) -> bool:
         """See CausalLM."""
@@ -157,13 +150,3 @@ class LlamaForCausalLM(Layer):
         """See CausalLM."""
         if self.on_cpu is not None:
             self.on_cpu.compile()
-
-    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-        """See CausalLM."""
-        yield from self.embed_tokens.checkpoint_tensors("model.embed_tokens")
-        for i, layer in enumerate(self.layers):
-            yield from layer.checkpoint_tensors(f"model.layers.{i}")
-        yield from self.norm.checkpoint_tensors("model.norm")
-        yield from self.lm_head.checkpoint_tensors(
-            "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        )
