@@ -65,6 +65,7 @@ def test_what_is_not_supported_is_refused_by_its_key(config: dict[str, Any], cha
 def test_a_sliding_window_that_is_off_means_nothing() -> None:
     off = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1, "layer_types": None}
     assert ModelConfig.from_hf({**QWEN2, **off}) == ModelConfig.from_hf(QWEN2)
+    assert ModelConfig.from_hf({**QWEN2, "use_sliding_window": None}) == ModelConfig.from_hf(QWEN2)
 
 
 def test_key_value_heads_must_divide_heads() -> None:

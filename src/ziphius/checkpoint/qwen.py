@@ -28,7 +28,7 @@ def parse_qwen3(keys: Keys) -> DecoderShape:
 
 def _refuse_sliding_windows(keys: Keys) -> None:
     """`sliding_window` is a number in most configs, and means nothing unless `use_sliding_window` is true."""
-    keys.refuse_unless("use_sliding_window", (False,), False)
+    keys.refuse_unless("use_sliding_window", (False, None), False)
     other = [kind for kind in keys.get("layer_types", list, []) if kind != "full_attention"]
     if other:
         raise UnsupportedModel(f"{keys.where}: layer_types has {other[0]!r}; only 'full_attention' is supported")
