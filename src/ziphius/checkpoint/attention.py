@@ -1,7 +1,7 @@
 """The shape of a model's attention, and what follows from it: its weights, its cache, and how ranks share them.
 
-Whoever asks how large attention is asks here, so that a new kind of attention is one class. Sizes are counts of
-values, never bytes. `tp` is the number of tensor-parallel ranks, and must divide `heads`.
+The planner, the cache and the models ask these classes, so that a new kind of attention is one class. Sizes are counts
+of values, never bytes. `tp` is the number of tensor-parallel ranks; where a share is computed it must divide `heads`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AttentionShape(Protocol):
         """Whether `tp` ranks can share the cache out or replicate it."""
 
     def sharded_dimensions(self, tp: int) -> list[SharedDimension]:
-        """Rows and columns of projections that ranks share; with blocks of a format, a share must be whole blocks."""
+        """Rows and columns of projections that `tp` ranks share; a format's blocks must not be cut by a share."""
 
     def matrices(self, hidden: int, layers: int, tp: int) -> Iterator[Matrix]:
         """One rank's attention weights in all `layers`; `hidden` is the residual stream's size."""
@@ -62,7 +62,7 @@ class AttentionShape(Protocol):
         """Values that one token's attention needs at once on one rank, at most."""
 
     def latent_values(self, tp: int) -> int:
-        """And in addition for each row that is compared with the cache without expanding it."""
+        """Values that a row needs in addition when it is compared with the cache in latent space."""
 
 
 @dataclass(frozen=True, slots=True)

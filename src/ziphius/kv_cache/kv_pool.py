@@ -1,4 +1,4 @@
-"""KVPool: the tensors that keep every request's keys and values, by page; who owns which page is page_pool's."""
+"""KVPool: the tensors that keep every request's keys and values, by page. PagePool knows which pages are free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class KVCache:
     """One layer's keys and values on this rank."""
 
     k: Tensor
-    """[slots, kv_heads_of_rank, head_dim]; how a page's keys lie within the page is the attention backend's affair."""
+    """[slots, kv_heads_of_rank, head_dim]; the attention backend decides how the keys are ordered within a page."""
     v: Tensor
     """[slots, kv_heads_of_rank, head_dim]."""
 
@@ -34,7 +34,7 @@ class LatentCache:
 class KVPool:
     """`num_pages` pages of `page_size` slots in each layer, and one scratch page after them.
 
-    Page `scratch_page` (index num_pages) belongs to nobody: padded rows write there.
+    No request owns the page `scratch_page` (index num_pages): padded rows write there.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class KVPool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On a CPU the kernel gives the memory page by page as it is used: torch.zeros would write all of it now."""
+    """Zeros. On a CPU the operating system gives the memory when it is first used; torch.zeros writes all."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize)

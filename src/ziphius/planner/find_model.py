@@ -38,23 +38,23 @@ class ModelSource:
     """A model's shape, and where it was read."""
 
     given: str
-    """As the user wrote it."""
+    """MODEL as the user wrote it."""
     name: str
     config: ModelConfig
     origin: Literal["folder", "config.json", "gguf", "hub", "hub cache"]
     path: Path | None
-    """The folder or file on this machine; None when the weights are elsewhere (the hub)."""
+    """The folder or file on this machine. None: the model is not on this machine."""
     has_weights: bool
     """Whether `path` holds weight files."""
     quantization: Quantization | None = None
 
 
 def find_model(model: str, env: Mapping[str, str], revision: str | None = None) -> ModelSource:
-    """A folder (which may hold nothing but config.json), a config.json, a .gguf, a known id, or a hub id.
+    """The config of `model` (see `locate`), and where it was read. A folder may hold nothing but config.json.
 
-    A hub id is looked up in Hugging Face's cache first, then its config.json alone is fetched; `revision` (branch,
-    tag or commit) is the hub's. ModelNotFound or ModelError name what was tried; UnsupportedModel names an
-    architecture, setting or quantization that is not known.
+    A hub's model is looked for in Hugging Face's cache first; if it is not there, its config.json is fetched, without
+    weights. `revision` is a branch, tag or commit of the hub. ModelNotFound or ModelError say what was tried;
+    UnsupportedModel names an architecture, setting or quantization that is not known.
     """
     place = locate(model)
     if place is None:
@@ -78,7 +78,7 @@ def _hugging_face(
     given: str, config_file: Path, name: str, origin: Literal["folder", "config.json", "hub", "hub cache"], folder: Path
 ) -> ModelSource:
     config = ModelConfig.from_file(config_file)
-    # A cache's snapshot is complete only when the index's files are; that is the loader's to check.
+    # Whether all files of the index are there is checked when the weights are loaded.
     has_weights = any(folder.glob("*.safetensors"))
     return ModelSource(given, name, config, origin, folder, has_weights, _quantization(config_file))
 
@@ -101,7 +101,7 @@ def _quantization(config_file: Path) -> Quantization | None:
 
 
 def _gguf(given: str, path: Path, name: str) -> ModelSource:
-    # numpy and the gguf package take a third of a second: only for those who ask about such a file
+    # Imported here: numpy and the gguf package take a third of a second, and only GGUF files need them.
     from ziphius.checkpoint.gguf import model_config
     from ziphius.checkpoint.gguf_file import GGUFFile
 
@@ -119,7 +119,7 @@ def _from_hub(place: HubRepository, env: Mapping[str, str], revision: str | None
 
 
 def _fetch_config(model: str, env: Mapping[str, str], revision: str | None) -> Path:
-    """config.json, with the small files beside it. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count."""
+    """Fetch config.json and the small files beside it. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are respected."""
     tip = "or give a folder or a config.json"
     if not _may_answer(env):
         raise ModelNotFound(
@@ -135,7 +135,7 @@ def _fetch_config(model: str, env: Mapping[str, str], revision: str | None) -> P
 
 
 def _may_answer(env: Mapping[str, str]) -> bool:
-    """Whether the hub's host takes a connection: without a network the library would try for half a minute."""
+    """Whether the hub's host accepts a connection. Without a network the library would try for half a minute."""
     if env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     if any(env.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY")):
