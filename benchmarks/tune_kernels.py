@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ziphius.checkpoint.config import ModelConfig, MoEConfig
+from ziphius.checkpoint.config import LatentAttention, ModelConfig, MoEConfig
 from ziphius.kernels.gpu import combine, experts, flash_prefill, gemv, mla_inputs, paged_decode, routing, skinny
 from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.experts import ExpertMatrices, GroupedConfig, PairConfig
@@ -107,8 +107,8 @@ def _fields(config: Any) -> list[Any]:
 
 def linear_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """[out, in] of the dense products of a decode step on one rank."""
-    hidden, heads, mla, moe = config.hidden_size, config.num_attention_heads, config.mla, config.moe
-    assert mla is not None
+    hidden, heads, mla, moe = config.hidden_size, config.num_attention_heads, config.attention, config.moe
+    assert isinstance(mla, LatentAttention)
     assert moe is not None
     queries = heads * mla.qk_head_dim
     if mla.q_lora_rank is None:
@@ -318,8 +318,8 @@ def _tune_prompt_experts(tuner: Tuner, moe: MoEConfig, matrices: ExpertMatrices,
 
 
 def tune_attention(tuner: Tuner, config: ModelConfig, loads: Sequence[tuple[int, int]]) -> None:
-    mla, heads = config.mla, config.num_attention_heads
-    assert mla is not None
+    mla, heads = config.attention, config.num_attention_heads
+    assert isinstance(mla, LatentAttention)
     w_uk = tuner.randn(heads, mla.qk_nope_head_dim, mla.kv_lora_rank, scale=0.02)
     w_uv = tuner.randn(heads, mla.kv_lora_rank, mla.v_head_dim, scale=0.02)
     for tokens, context in loads:
@@ -374,8 +374,8 @@ def _split_counts(gpu: Gpu, tokens: int, context: int) -> list[int]:
 
 
 def show_flash(tuner: Tuner, config: ModelConfig, sequences: int, length: int) -> None:
-    mla, heads = config.mla, config.num_attention_heads
-    assert mla is not None
+    mla, heads = config.attention, config.num_attention_heads
+    assert isinstance(mla, LatentAttention)
     total = sequences * length
     q, k_pe = tuner.randn(total, heads, mla.qk_head_dim), tuner.randn(total, mla.qk_rope_head_dim)
     k, v = (tuner.randn(total, heads, 128) for _ in range(2))

@@ -24,6 +24,7 @@ from decode_step import Bench, Load, build, parse
 from triton.runtime.errors import OutOfResources
 from tune_kernels import TUNED, known, layout
 
+from ziphius.checkpoint.config import LatentAttention
 from ziphius.kernels.gpu.device import Gpu
 from ziphius.kernels.gpu.experts import GroupedConfig, PairConfig
 from ziphius.kernels.gpu.paged_decode import MLAConfig, SplitPlan
@@ -68,8 +69,8 @@ def override(method: str, matches: Callable[..., bool], value: Any) -> Iterator[
 
 
 def mla_variants(bench: Bench, batch: int) -> Iterator[Variant]:
-    mla, heads = bench.config.mla, bench.config.num_attention_heads
-    assert mla is not None
+    mla, heads = bench.config.attention, bench.config.num_attention_heads
+    assert isinstance(mla, LatentAttention)
     around = max(1, 256 // (batch * max(1, heads // 16)))
     for splits in sorted({max(1, min(64, around * f // 2)) for f in (1, 2, 4)}):
         for fields in ((16, 32, 3, 4, False), (16, 64, 3, 8, False), (32, 64, 2, 8, True), (16, 64, 2, 8, True)):

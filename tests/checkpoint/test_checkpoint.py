@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from ziphius.checkpoint import pull
 from ziphius.checkpoint.checkpoint import open_checkpoint
+from ziphius.checkpoint.packaged import fetchable_models
 from ziphius.config import DEFAULT_MODEL
 from ziphius.errors import CheckpointError, ConfigError, ModelError, ModelNotFound, UnsupportedModel
 
@@ -80,7 +80,7 @@ def test_the_default_model(smollm2_path: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_default_model_is_one_that_can_be_fetched() -> None:
-    assert DEFAULT_MODEL in pull.fetchable_models()
+    assert DEFAULT_MODEL in fetchable_models()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ziphius.checkpoint.checkpoint import open_checkpoint
+from ziphius.checkpoint.config import GroupedQueryAttention
 from ziphius.checkpoint.gguf import GGUFSource, model_config
 from ziphius.checkpoint.gguf_file import GGUFFile
 from ziphius.checkpoint.gguf_tokenizer import tokenizer_files
@@ -161,7 +162,7 @@ def test_an_untied_head_and_biases(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["model.layers.0.self_attn.q_proj.bias"], np.arange(HEADS * HEAD_DIM))
     config = model_config(GGUFFile.open(tmp_path / "m.gguf"))
     assert not config.tie_word_embeddings
-    assert config.attention_bias
+    assert config.attention == GroupedQueryAttention(HEADS, KV_HEADS, HEAD_DIM, qkv_bias=True, o_bias=True)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +182,8 @@ def test_unsupported_models(tmp_path: Path, change: Change, message: str) -> Non
 def test_unsupported_architecture_and_pre_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="gemma"):
         open_checkpoint(str(write_gguf(tmp_path / "a.gguf", architecture="gemma")), tmp_path)
-    with pytest.raises(UnsupportedModel, match="qwen2"):
-        open_checkpoint(str(write_gguf(tmp_path / "b.gguf", pre="qwen2")), tmp_path)
+    with pytest.raises(UnsupportedModel, match="tekken"):
+        open_checkpoint(str(write_gguf(tmp_path / "b.gguf", pre="tekken")), tmp_path)
 
 
 def test_a_tensor_that_belongs_nowhere(tmp_path: Path) -> None:

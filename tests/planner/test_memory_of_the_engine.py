@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.config import GroupedQueryAttention, LatentAttention, ModelConfig
 from ziphius.distributed import SINGLE, ParallelState
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import make_linear_format
@@ -19,18 +19,21 @@ SHRUNK = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "interme
 
 
 def shrunk_v2(config: ModelConfig) -> ModelConfig:
-    assert config.mla is not None
+    assert isinstance(config.attention, LatentAttention)
     assert config.moe is not None
-    lora = None if config.mla.q_lora_rank is None else 24
-    mla = replace(config.mla, q_lora_rank=lora, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+    lora = None if config.attention.q_lora_rank is None else 24
+    mla = LatentAttention(8, lora, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
     moe = replace(config.moe, n_routed_experts=8, moe_intermediate_size=32, n_group=min(config.moe.n_group, 4))
-    return replace(config, mla=mla, moe=moe, num_attention_heads=8, num_key_value_heads=8, head_dim=24, **SHRUNK)
+    return replace(config, attention=mla, moe=moe, **SHRUNK)
 
 
 @pytest.fixture
 def configs(v25: ModelConfig, v2_lite: ModelConfig, llama3_8b: ModelConfig) -> list[ModelConfig]:
-    llama = replace(llama3_8b, num_attention_heads=8, num_key_value_heads=2, head_dim=16, **SHRUNK)
-    return [shrunk_v2(v25), shrunk_v2(v2_lite), llama, replace(llama, tie_word_embeddings=True)]
+    llama = replace(llama3_8b, attention=GroupedQueryAttention(8, 2, 16), **SHRUNK)
+    qwen2 = replace(llama, architecture="Qwen2ForCausalLM", attention=GroupedQueryAttention(8, 2, 16, qkv_bias=True))
+    normed = GroupedQueryAttention(8, 4, 24, qk_norm=True)
+    qwen3 = replace(llama, architecture="Qwen3ForCausalLM", attention=normed)
+    return [shrunk_v2(v25), shrunk_v2(v2_lite), llama, replace(llama, tie_word_embeddings=True), qwen2, qwen3]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.config import GroupedQueryAttention, ModelConfig
 from ziphius.errors import ConfigError
 from ziphius.planner.validity import block_failures, require_tp, tp_failures, valid_tp_sizes
 
@@ -64,7 +64,8 @@ def test_v2_lite(v2_lite: ModelConfig) -> None:
 
 def test_llama_replicates_key_value_heads(llama3_8b: ModelConfig) -> None:
     assert valid_tp_sizes(llama3_8b, "bf16", "native") == (1, 2, 4, 8, 16, 32)
-    uneven = replace(llama3_8b, num_attention_heads=36, num_key_value_heads=6, vocab_size=36 * 64, intermediate_size=36)
+    heads = GroupedQueryAttention(36, 6, 128)
+    uneven = replace(llama3_8b, attention=heads, vocab_size=36 * 64, intermediate_size=36)
     assert "num_key_value_heads" in remainders(uneven, 4)
     assert remainders(uneven, 12) == {}
 

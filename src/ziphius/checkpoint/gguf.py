@@ -1,4 +1,4 @@
-"""A GGUF file as a model: its ModelConfig and its weights under Hugging Face's names; it builds no layers."""
+"""A GGUF file as a model: its ModelConfig, and its weights under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from ziphius.checkpoint.architectures import Architecture, GGUFLayout, gguf_architecture
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.gguf_file import GGUFFile, TensorInfo
 from ziphius.checkpoint.gguf_tokenizer import eos_token_ids
@@ -26,6 +27,8 @@ _LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -38,35 +41,34 @@ _TENSOR_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 def model_config(file: GGUFFile) -> ModelConfig:
     """The config that the original checkpoint's config.json would give.
 
-    UnsupportedModel for another architecture than llama, for experts and for scaled rotary embeddings.
+    UnsupportedModel for an architecture whose GGUF files are not known, for experts and for scaled rotary embeddings.
     """
-    architecture = file.text("general.architecture")
-    if architecture != "llama":
-        raise UnsupportedModel(f"{file.path}: the GGUF architecture {architecture!r} is not supported (only llama)")
-    if file.integer("llama.expert_count", 0):
+    architecture, layout = _architecture(file)
+    prefix = layout.name
+    if file.integer(f"{prefix}.expert_count", 0):
         raise UnsupportedModel(f"{file.path}: a mixture of experts in GGUF is not supported")
     names = {tensor.name for tensor in file.tensors}
-    scaling = file.text("llama.rope.scaling.type", "none")
+    scaling = file.text(f"{prefix}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in names:
         raise UnsupportedModel(f"{file.path}: scaled rotary embeddings in GGUF are not supported")
-    hidden, heads = file.integer("llama.embedding_length"), file.integer("llama.attention.head_count")
-    head_dim = file.integer("llama.attention.key_length", hidden // max(heads, 1))
-    if file.integer("llama.rope.dimension_count", head_dim) != head_dim:
+    hidden, heads = file.integer(f"{prefix}.embedding_length"), file.integer(f"{prefix}.attention.head_count")
+    head_dim = file.integer(f"{prefix}.attention.key_length", hidden // max(heads, 1))
+    if file.integer(f"{prefix}.rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedModel(f"{file.path}: rotary embeddings on a part of a head are not supported")
     return ModelConfig.from_hf(
         {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [architecture.name],
+            "model_type": architecture.model_type,
             "vocab_size": _vocab_size(file),
             "hidden_size": hidden,
-            "num_hidden_layers": file.integer("llama.block_count"),
+            "num_hidden_layers": file.integer(f"{prefix}.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": file.integer("llama.attention.head_count_kv", heads),
+            "num_key_value_heads": file.integer(f"{prefix}.attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "intermediate_size": file.integer("llama.feed_forward_length"),
-            "rms_norm_eps": file.number("llama.attention.layer_norm_rms_epsilon"),
-            "rope_theta": file.number("llama.rope.freq_base", 10000.0),
-            "max_position_embeddings": file.integer("llama.context_length"),
+            "intermediate_size": file.integer(f"{prefix}.feed_forward_length"),
+            "rms_norm_eps": file.number(f"{prefix}.attention.layer_norm_rms_epsilon"),
+            "rope_theta": file.number(f"{prefix}.rope.freq_base", 10000.0),
+            "max_position_embeddings": file.integer(f"{prefix}.context_length"),
             "tie_word_embeddings": "output.weight" not in names,
             "attention_bias": "blk.0.attn_q.bias" in names,
             "mlp_bias": "blk.0.ffn_up.bias" in names,
@@ -75,6 +77,13 @@ def model_config(file: GGUFFile) -> ModelConfig:
             "torch_dtype": "float32",
         }
     )
+
+
+def _architecture(file: GGUFFile) -> tuple[Architecture, GGUFLayout]:
+    try:
+        return gguf_architecture(file.text("general.architecture"))
+    except UnsupportedModel as e:
+        raise UnsupportedModel(f"{file.path}: {e.message}") from None
 
 
 def _vocab_size(file: GGUFFile) -> int:
@@ -88,14 +97,16 @@ def _vocab_size(file: GGUFFile) -> int:
 class GGUFSource:
     """The weights as float32, one tensor at a time (a WeightSource). Holds no more than one tensor in memory.
 
-    llama.cpp's converter reorders the rows of Llama's q and k projections, from Hugging Face's halves
-    [x0 .. xd/2, y0 .. yd/2] of a rotary head to pairs [x0, y0, x1, y1 ..]; they are put back here.
+    llama.cpp's converter reorders the rows of the q and k projections of some architectures, from Hugging Face's
+    halves [x0 .. xd/2, y0 .. yd/2] of a rotary head to pairs [x0, y0, x1, y1 ..]; they are put back here.
     """
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
         """CheckpointError when the file is too short for its tensors; UnsupportedModel for an unknown type."""
         self._file = file
-        self._config = config
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        self._in_pairs = heads if _architecture(file)[1].rotary_pairs else {}
+        """Heads of each projection whose rows are reordered."""
         self._sizes = [_stored_size(file, tensor) for tensor in file.tensors]
         self._check_length()
 
@@ -135,7 +146,7 @@ class GGUFSource:
         if tensor.type_id in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             rows = rows.view(np.float32 if tensor.type_id == GGMLQuantizationType.F32 else np.float16)
         array = np.ascontiguousarray(dequantize(rows, GGMLQuantizationType(tensor.type_id)), dtype=np.float32)
-        heads = {"attn_q": self._config.num_attention_heads, "attn_k": self._config.num_key_value_heads}
+        heads = self._in_pairs
         part = tensor.name.split(".")[-2]
         if part not in heads:
             return array

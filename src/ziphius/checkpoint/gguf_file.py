@@ -1,8 +1,8 @@
-"""GGUFFile: a GGUF container's metadata and where its tensors lie; it interprets neither and imports no numpy.
+"""GGUFFile: a GGUF container's metadata, and where its tensors lie.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
-The `gguf` package's own reader is not used for this part because it spends seconds on a vocabulary (one
-numpy view for each string) and does not notice a truncated file; its tables and dequantizers are used in gguf.py.
+The reader of the `gguf` package is not used for this part: it spends seconds on a vocabulary (one numpy view for each
+string), and it does not notice a truncated file. gguf.py uses the package's tables and dequantizers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """GGUF value type -> struct code."""
 
 _MIN_STRING, _MIN_PAIR, _MIN_TENSOR = 8, 13, 32
-"""Fewest bytes that one of each takes: a count that cannot fit in the file is refused before a loop starts."""
+"""The fewest bytes that one string, one key with its value, and one tensor's entry take. A count of them that cannot
+fit in the file is refused before a loop over them starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """Typed look-ups in one file's metadata, and its list of tensors. Reads no tensor data."""
+    """Typed look-ups in one file's metadata, and the list of its tensors. CheckpointError for a key of another type."""
 
     def __init__(self, path: Path, metadata: Mapping[str, Value], tensors: tuple[TensorInfo, ...]) -> None:
         """Use `open`."""
@@ -107,7 +108,7 @@ class GGUFFile:
 
 
 class _Cursor:
-    """A place in the header that moves forward and never past the end."""
+    """A position in the header. It moves forward only, and raises CheckpointError at the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""A GGUF's vocabulary into TokenizerFiles; it reads no tensors and encodes nothing."""
+"""A GGUF's vocabulary as TokenizerFiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 _ONE_DIGIT_AT_A_TIME = ("smollm", "starcoder", "refact", "command-r")
 _PLAIN_GPT2 = ("gpt-2", "gpt2")
+_QWEN2 = ("qwen2",)
 """tokenizer.ggml.pre, as llama.cpp names pre-tokenizers (llama-vocab.cpp)."""
+
+_QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Qwen2's tokenizer.json cuts a text before it looks for pairs; Qwen2.5's and Qwen3's are the same."""
 
 
 def tokenizer_files(file: GGUFFile) -> TokenizerFiles:
@@ -39,7 +45,7 @@ def tokenizer_files(file: GGUFFile) -> TokenizerFiles:
 
 
 def eos_token_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Ends of text, of a turn and of a message, where they are given."""
+    """The ends of a text, of a turn and of a message, as far as the file gives them."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(file.integer(key) for key in keys if key in file))
 
@@ -59,7 +65,7 @@ def _tokenizer_json(file: GGUFFile, tokens: list[str]) -> dict[str, Any]:
     if len(types) != len(tokens):
         raise CheckpointError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
     merges = [merge.split(" ", 1) for merge in file.texts("tokenizer.ggml.merges")]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pre_tokenizer = file.text("tokenizer.ggml.pre", "gpt-2")
     return {
         "version": "1.0",
         "truncation": None,
@@ -77,10 +83,11 @@ def _tokenizer_json(file: GGUFFile, tokens: list[str]) -> dict[str, Any]:
             for token_id, kind in enumerate(types)
             if kind in (_CONTROL, _USER_DEFINED)
         ],
-        "normalizer": None,
-        "pre_tokenizer": _pre_tokenizer(file, byte_level),
+        # Qwen's tokenizer composes accents first; llama.cpp's vocabulary does not say so.
+        "normalizer": {"type": "NFC"} if pre_tokenizer in _QWEN2 else None,
+        "pre_tokenizer": _pre_tokenizer(file, pre_tokenizer),
         "post_processor": None,
-        "decoder": byte_level,
+        "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -96,11 +103,22 @@ def _tokenizer_json(file: GGUFFile, tokens: list[str]) -> dict[str, Any]:
     }
 
 
-def _pre_tokenizer(file: GGUFFile, byte_level: dict[str, Any]) -> dict[str, Any]:
-    name = file.text("tokenizer.ggml.pre", "gpt-2")
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    """Bytes as printable characters; with `use_regex` the text is cut as GPT-2 cuts it."""
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _pre_tokenizer(file: GGUFFile, name: str) -> dict[str, Any]:
     if name in _PLAIN_GPT2:
-        return byte_level
+        return _byte_level(use_regex=True)
     if name in _ONE_DIGIT_AT_A_TIME:
-        return {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]}
-    known = ", ".join(_PLAIN_GPT2 + _ONE_DIGIT_AT_A_TIME)
+        return _in_turn({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True))
+    if name in _QWEN2:
+        pieces = {"type": "Split", "pattern": {"Regex": _QWEN2_PIECES}, "behavior": "Isolated", "invert": False}
+        return _in_turn(pieces, _byte_level(use_regex=False))
+    known = ", ".join(_PLAIN_GPT2 + _ONE_DIGIT_AT_A_TIME + _QWEN2)
     raise UnsupportedModel(f"{file.path}: the pre-tokenizer {name!r} is not supported (only {known})")
+
+
+def _in_turn(*pre_tokenizers: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(pre_tokenizers)}

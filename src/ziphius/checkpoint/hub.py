@@ -1,7 +1,7 @@
-"""Models from the Hugging Face hub, the cache first; it downloads nothing itself (`hub_fetch` does, when it must).
+"""Models of the Hugging Face hub: from the cache if they are there, else downloaded by `hub_fetch`.
 
-A model that is whole in the cache is used as it is, without asking the hub: a start neither needs the network nor
-changes the model by itself. Only `update` (ziphius pull) looks whether a branch has moved.
+A model that is whole in the cache is used as it is, and the hub is not asked: a start then needs no network and never
+changes the model by itself. Only `update` (ziphius pull) asks whether a branch has moved.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def fetch_snapshot(
     """The folder of `model_id` (OWNER/NAME) in the cache, completed from the hub where something is missing.
 
     `revision`: a branch, tag or commit (default: main). `weights` False leaves the weights out. `update` asks the
-    hub even when the cache has all. `check` sees the config before weights are fetched (not where all is there). What
-    it or `on_progress` raises ends the fetching cleanly.
+    hub even when the cache has everything. `check` is called with the config before weights are fetched; it is not
+    called if nothing is fetched. What `check` or `on_progress` raises ends the fetching cleanly.
 
-    ModelNotFound for what the hub does not have, DownloadError for everything that goes wrong on the way, in one
-    line; what was fetched is kept, and the next call goes on from there. ModelError for a config or weights that
-    this engine cannot use, before the weights are fetched.
+    ModelNotFound for what the hub does not have; DownloadError, in one line, for everything that goes wrong on the
+    way; ModelError for a config or weights that this engine cannot use, before the weights are fetched. What was
+    fetched is kept, and the next call continues from there.
     """
     revision = revision or DEFAULT_REVISION
     cache = HubCache(settings.cache, model_id)
@@ -42,7 +42,7 @@ def fetch_snapshot(
         if found is None:
             raise DownloadError(_not_cached(cache, revision, weights))
         return found
-    # The libraries take a quarter of a second, which a model in the cache need not wait for
+    # Imported here: the libraries take a quarter of a second, and a model in the cache does not need them.
     from ziphius.checkpoint.hub_fetch import fetch_missing
 
     return fetch_missing(cache, revision, settings, on_progress, weights=weights, fallback=found, check=check)

@@ -1,4 +1,4 @@
-"""HubCache: one model in Hugging Face's cache folder, and whether all of it is there; it downloads and writes nothing.
+"""HubCache: one model in Hugging Face's cache folder, and whether all of it is there.
 
 The layout is huggingface_hub's (its guide "Understand caching"), so that other tools share what was fetched:
 models--OWNER--NAME/{refs/REVISION, snapshots/COMMIT/FILE -> blobs/ETAG, blobs/ETAG}. A file appears in a snapshot
@@ -8,8 +8,9 @@ only when it is whole.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class HubCache:
-    """Where the files of `model_id` lie under `root`. Nothing need exist."""
+    """Where the files of `model_id` lie under `root`, whether they exist or not."""
 
     root: Path
     model_id: str
@@ -56,12 +57,31 @@ class HubCache:
         return self.folder / "blobs" / etag
 
     def part(self, etag: str) -> Path:
-        """The beginning of a blob, kept for the next attempt (huggingface_hub 1 named and used it alike)."""
+        """The beginning of a blob, which the next attempt continues; huggingface_hub 1 used the same name for it."""
         return self.folder / "blobs" / f"{etag}.incomplete"
 
     def lock_file(self, etag: str) -> Path:
-        """The one that huggingface_hub locks while it writes the blob."""
+        """The file that huggingface_hub locks while it writes the blob."""
         return self.root / ".locks" / self._name / f"{etag}.lock"
+
+
+def hub_cache(env: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps repositories: HF_HUB_CACHE, HF_HOME/hub, XDG_CACHE_HOME/huggingface/hub.
+
+    Read here rather than by the library: its import takes a fifth of the second that a plan may take.
+    """
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if env.get(name):
+            return Path(env[name]).expanduser()
+    return hub_home(env) / "hub"
+
+
+def hub_home(env: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps all that is its own, the login's token too."""
+    if env.get("HF_HOME"):
+        return Path(env["HF_HOME"]).expanduser()
+    cache = env.get("XDG_CACHE_HOME") or os.path.join(env.get("HOME") or os.path.expanduser("~"), ".cache")
+    return Path(cache).expanduser() / "huggingface"
 
 
 def is_commit(revision: str) -> bool:
@@ -69,7 +89,7 @@ def is_commit(revision: str) -> bool:
 
 
 def missing_files(snapshot: Path, weights: bool) -> list[str]:
-    """What a model cannot do without and `snapshot` lacks: config.json and, if asked for, the weights."""
+    """The files that a model needs and `snapshot` does not have: config.json and, with `weights`, the weights."""
     wanted = ["config.json"]
     if weights:
         wanted += _weights_there(snapshot)
@@ -107,9 +127,9 @@ def weight_map_of(index: Path) -> dict[str, str]:
 
 
 def small_files(names: Collection[str]) -> list[str]:
-    """Of a repository's files those that a model needs beside its weights: configs, tokenizer, templates.
+    """Those of a repository's files that a model needs beside its weights: configs, tokenizer, templates.
 
-    Folders are left out: they hold the same model once more in other formats (original/, onnx/).
+    Files in folders are left out: they hold the same model in other formats (original/, onnx/).
     """
     return sorted(
         n for n in names if "/" not in n and n.endswith((".json", ".jinja")) and not n.endswith(_INDEX_ENDING)
@@ -119,7 +139,7 @@ def small_files(names: Collection[str]) -> list[str]:
 def weight_files(model_id: str, names: Collection[str], index: Path | None) -> list[str]:
     """The safetensors files of the model, each weight once. `index`: model.safetensors.index.json, if it has one.
 
-    UnsupportedModel when there are weights in other formats only; CheckpointError when the index is wrong.
+    UnsupportedModel when all weights are in other formats; CheckpointError when the index is wrong.
     """
     if index is not None:
         shards = shards_of(index)

@@ -1,7 +1,7 @@
-"""Downloads of one commit's files into Hugging Face's cache: parallel, resumed, checked; it chooses no files.
+"""Downloads of one commit's files into Hugging Face's cache: several at once, resumed where they broke, and checked.
 
-huggingface_hub throws a partial file away when its process ends or gives up, so the bytes are moved here: they go
-to blobs/ETAG.incomplete, which the next attempt continues. The library then finds the whole blob and links it.
+huggingface_hub deletes a partial file when its process ends or gives up. The bytes are therefore fetched here, into
+blobs/ETAG.incomplete, which the next attempt continues. The library then finds the whole blob and links it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RemoteFile:
     name: str
     size: int
     etag: str
-    """Names the blob: the sha256 of a large file, git's sha1 of a small one."""
+    """The blob's name: the sha256 of a large file, git's sha1 of a small one."""
     is_large: bool
 
 
@@ -48,7 +48,7 @@ class Stopped(Exception):
 
 
 class _Interrupted(Exception):
-    """The connection or the server failed in a way that may pass; `wait_s` when the server said how soon."""
+    """The connection or the server failed, but may work again; `wait_s` is set if the server said when."""
 
     def __init__(self, reason: str, wait_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -56,10 +56,10 @@ class _Interrupted(Exception):
 
 
 class Downloader:
-    """Brings files of one commit. One object serves several threads, each with files of its own."""
+    """Brings files of one commit. Several threads may use one object, each for files of its own."""
 
     def __init__(self, asked: Asked, commit: str, cache: HubCache, token: str | None, waits: Sequence[float]) -> None:
-        """`waits`: seconds before each further attempt, as long as none of them brings a byte."""
+        """`waits`: seconds before each further attempt. After an attempt that brings a byte, counting starts again."""
         self._asked = asked
         self._commit = commit
         self._cache = cache
@@ -68,7 +68,7 @@ class Downloader:
         self.stopping = threading.Event()
 
     def bytes_there(self, file: RemoteFile) -> int:
-        """How much of it is on this disk, in this or any other process' hands."""
+        """How many of its bytes are on this disk, whichever process brought them."""
         for path in (self._pointer(file), self._cache.blob(file.etag), self._cache.part(file.etag)):
             try:
                 return min(path.stat().st_size, file.size)
@@ -77,7 +77,7 @@ class Downloader:
         return 0
 
     def bring(self, file: RemoteFile) -> None:
-        """Make `file` whole, and a part of the commit's snapshot. DownloadError or ModelNotFound; Stopped."""
+        """Make `file` whole and link it into the commit's snapshot. Raises DownloadError, ModelNotFound or Stopped."""
         if self._pointer(file).exists():
             return
         blob = self._cache.blob(file.etag)
@@ -91,7 +91,7 @@ class Downloader:
         return self._cache.snapshot(self._commit) / file.name
 
     def remember_revision(self) -> None:
-        """Let the cache know which commit the revision stands for; called when the snapshot is whole."""
+        """Write into the cache which commit the revision stands for. To be called when the snapshot is whole."""
         if self._asked.revision != self._commit:
             self._link("config.json", self._asked.revision)
 
@@ -152,7 +152,7 @@ class Downloader:
                 hf_raise_for_status(response)
                 if response.status_code != 206:
                     part.restart()
-                for chunk in response.iter_bytes():  # as they come: a larger chunk would be lost with the connection
+                for chunk in response.iter_bytes():  # no chunk size: a part of a chunk would be lost
                     if self.stopping.is_set():
                         raise Stopped
                     part.write(chunk)
@@ -175,12 +175,12 @@ class Downloader:
                     if self.stopping.wait(_LOCK_POLL_S):
                         raise Stopped from None
                 except OSError:
-                    break  # a file system without locks: two writers would cost a failed checksum, no more
+                    break  # a file system without locks: at worst two writers cause a wrong checksum
             yield
 
 
 class _Part:
-    """The beginning of a file on disk, and the checksum of it."""
+    """The beginning of a file on disk, and its checksum."""
 
     def __init__(self, path: Path, file: RemoteFile) -> None:
         self.path = path
@@ -241,8 +241,8 @@ def bring_all(
 ) -> None:
     """`bring` every file, several at once; `poll` is called every `poll_s` seconds, in the calling thread.
 
-    The first failure, or what `poll` raises, stops the rest and is raised when they have stopped. The threads
-    are daemons: a process that wants to end at once need not wait for them.
+    The first failure, or what `poll` raises, stops the other threads, and is raised when they have stopped. The
+    threads are daemons, so that a process can end at once without them.
     """
     todo: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
     for file in files:

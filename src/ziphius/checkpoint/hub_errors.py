@@ -1,4 +1,4 @@
-"""What the hub and the network raise, in one sentence for the person who can act on it; it retries nothing."""
+"""What the hub and the network raise, in one sentence for the person who can do something about it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What was asked of whom: the words that an error needs."""
+    """What was asked for and where: the words that a message about an error needs."""
 
     model_id: str
     revision: str
@@ -33,7 +33,7 @@ class Asked:
 
 
 def is_passing(error: httpx2.HTTPError) -> bool:
-    """Whether the same request may well be answered in a moment: a lost connection, a busy or broken server."""
+    """Whether the same request may succeed a moment later: after a lost connection, or when a server is busy."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING
     return isinstance(error, httpx2.TransportError)

@@ -1,4 +1,4 @@
-"""One revision of a hub model into the cache: which files, whether they fit the disk, and news of how it goes."""
+"""Fetching one revision of a hub's model into the cache: which files, whether the disk has room, and the progress."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fetch_missing(
 ) -> Snapshot:
     """Complete the snapshot of `revision` as it is on the hub now. `fallback` is used when the hub does not answer.
 
-    Errors as `hub.fetch_snapshot` tells.
+    Errors: see `hub.fetch_snapshot`.
     """
     asked = Asked(cache.model_id, revision, settings.endpoint, settings.token is not None)
     try:
@@ -113,7 +113,7 @@ class _Fetch:
         return Snapshot(self._folder, self._commit)
 
     def _config(self) -> ModelConfig:
-        """A model that this engine does not have is told before its weights are fetched."""
+        """The config. A model that this engine does not have is refused here, before its weights are fetched."""
         try:
             return ModelConfig.from_folder(self._folder)
         except ModelError as e:
@@ -143,7 +143,7 @@ class _Fetch:
 
 
 class _Progress:
-    """What a person sees: bytes on this disk, whoever fetched them, with speed and the time left."""
+    """What a person sees: the bytes that are on this disk, whoever fetched them, the speed and the time left."""
 
     def __init__(
         self, files: Sequence[RemoteFile], downloader: Downloader, phase: str, what: str, report: Report | None

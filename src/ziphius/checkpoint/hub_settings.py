@@ -1,4 +1,4 @@
-"""HubSettings: how the Hugging Face hub is reached, and what comes of it; it asks the hub nothing."""
+"""HubSettings: how the Hugging Face hub is reached; Snapshot: a model that came from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ziphius.ipc.messages import LoadProgress
 
 Report = Callable[[LoadProgress], None]
 ConfigCheck = Callable[[ModelConfig], None]
-"""Sees a model's config before its weights are fetched; what it raises ends the fetching."""
+"""Called with a model's config before its weights are fetched; what it raises ends the fetching."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,12 @@ class HubSettings:
     workers: int = 8
     """Files fetched at the same time."""
     waits: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
-    """Seconds before each further attempt at a file, as long as none brings a byte."""
+    """Seconds before each further attempt at a file. After an attempt that brings a byte, counting starts again."""
 
     @classmethod
     def from_environment(cls) -> HubSettings:
-        """As huggingface_hub reads it: HF_ENDPOINT, HF_HUB_CACHE or HF_HOME, HF_HUB_OFFLINE, HF_TOKEN or its login."""
+        """As huggingface_hub reads the environment: HF_ENDPOINT, HF_HUB_CACHE or HF_HOME, HF_HUB_OFFLINE, and HF_TOKEN
+        or else the token that `hf auth login` keeps."""
         from huggingface_hub import constants, get_token
 
         offline = constants.is_offline_mode()

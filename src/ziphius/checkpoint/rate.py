@@ -1,4 +1,4 @@
-"""RateMeter: how fast bytes come and how long the rest will take, in words; it reports to nobody."""
+"""RateMeter: how fast bytes come and how long the rest will take, in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RateMeter:
         """`done` bytes are there now."""
         now = self._clock()
         if len(self._samples) > 1 and now - self._samples[-2][0] < self._window / 100:
-            self._samples.pop()  # many updates a second are as good as few
+            self._samples.pop()  # a few samples a second are enough
         self._samples.append((now, done))
         # One sample from before the window stays, so that the window is covered
         while len(self._samples) > 2 and self._samples[1][0] <= now - self._window:

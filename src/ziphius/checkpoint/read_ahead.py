@@ -1,7 +1,7 @@
-"""read_ahead: pieces of files, read by several threads ahead of whoever takes them; it knows no file format.
+"""read_ahead: several threads read pieces of files before they are asked for.
 
-Plain positioned reads, in the files' order and large, into memory of their own. No map of the file: faulting it in
-page by page crawls on network file systems.
+They make large positioned reads in the files' order. The files are not mapped into memory: on a network file system a
+map is slow, because it is read page by page.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from ziphius.errors import CheckpointError
 
 RUN_BYTES = 256 << 20
-"""What one thread reads of a file before it looks where the others are."""
+"""The bytes of a file that one thread reads before it looks for the next part to read."""
 _MOST_AT_ONCE = 64 << 20
 
 
@@ -37,7 +37,7 @@ class Piece:
 def read_ahead(pieces: Sequence[Piece], threads: int, budget: int) -> Iterator[tuple[Piece, Tensor]]:
     """(piece, its bytes [nbytes] uint8) of every piece, in about their order.
 
-    What has been read and not yet been taken stays within `budget` bytes, or is one piece; a piece counts as taken
+    The pieces that have been read and not been taken are at most `budget` bytes, or one piece; a piece counts as taken
     when the next one is asked for. CheckpointError names a file that ends early or cannot be read.
     """
     reader = _Reader(_runs(pieces), budget)
@@ -48,7 +48,7 @@ def read_ahead(pieces: Sequence[Piece], threads: int, budget: int) -> Iterator[t
     try:
         while left:
             piece, box = reader.take()
-            # Out of its box: while the generator waits, only the caller holds the tensor
+            # Popped, so that only the caller holds the tensor while the generator waits
             yield piece, box.pop()
             reader.release(piece.nbytes)
             left -= 1
@@ -59,7 +59,7 @@ def read_ahead(pieces: Sequence[Piece], threads: int, budget: int) -> Iterator[t
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Neighbours in one file, together."""
+    """Groups of pieces that are neighbours in one file."""
     run: list[Piece] = []
     for piece in pieces:
         if run and (piece.path != run[0].path or piece.offset + piece.nbytes - run[0].offset > RUN_BYTES):
@@ -71,7 +71,7 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 class _Reader:
-    """What the threads share."""
+    """The queue of what was read, the budget, and the parts that are still to be read; shared by the threads."""
 
     def __init__(self, runs: Iterator[list[Piece]], budget: int) -> None:
         self._runs = runs
@@ -109,7 +109,7 @@ class _Reader:
             return None if self._closed else next(self._runs, None)
 
     def _reserve(self, nbytes: int) -> bool:
-        """Wait for room; False when nobody wants any more."""
+        """Wait until the budget has room; False when the reader was closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._used or self._used + nbytes <= self._budget)
             self._used += nbytes
@@ -135,7 +135,7 @@ class _Reader:
 def _read(descriptor: int, piece: Piece) -> Tensor:
     if not piece.nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    # Pages of their own, which go back to the system with the tensor: malloc would keep them, in each thread's arena
+    # An anonymous map goes back to the system with the tensor; malloc would keep the memory in each thread's arena.
     buffer = torch.frombuffer(mmap.mmap(-1, piece.nbytes), dtype=torch.uint8)
     view = buffer.numpy().data
     done = 0

@@ -1,4 +1,4 @@
-"""SafetensorsSource: the tensors of a Hugging Face folder, whole or by rows; it knows no model."""
+"""SafetensorsSource: the tensors of a Hugging Face folder, whole or by rows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SafetensorsSource:
         return {e.name: StoredTensor(e.shape, e.dtype.itemsize, e.path.name) for e in self._entries.values()}
 
     def tensors(self, rows: Mapping[str, Rows | None] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor in the file's type) in about the files' order; holds no tensor after it was handed over."""
+        """(name, tensor in the file's type) in about the files' order. No tensor is kept after it was yielded."""
         wanted = dict.fromkeys(self._entries) if rows is None else rows
         pieces = [_piece(entry, wanted[entry.name]) for entry in self._entries.values() if entry.name in wanted]
         for piece, data in read_ahead(pieces, self._threads, _budget(pieces)):
@@ -84,7 +84,7 @@ class SafetensorsSource:
             tensor = data.view(entry.dtype).view(shape)
             del data
             yield piece.name, tensor
-            # Until the next piece is here, this one is the caller's alone
+            # While the next piece is read, only the caller may hold this one
             del tensor
 
 
@@ -97,7 +97,7 @@ def _piece(entry: _Entry, rows: Rows | None) -> Piece:
 
 
 def _budget(pieces: Sequence[Piece]) -> int:
-    """Bytes to read ahead: as much as one layer has, within reason."""
+    """Bytes to read ahead: the size of the largest layer, but at most _MOST_AHEAD."""
     layers: Counter[str] = Counter()
     for piece in pieces:
         found = _LAYER.search(piece.name)

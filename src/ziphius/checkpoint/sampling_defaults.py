@@ -1,4 +1,4 @@
-"""SamplingDefaults: how a checkpoint's authors suggest its answers be sampled; it samples nothing."""
+"""SamplingDefaults: the sampling that a checkpoint's authors suggest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ziphius.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """For requests of OpenAI's API that do not say; None where the checkpoint does not either."""
+    """Used for requests of OpenAI's API that do not set these values; None where the checkpoint suggests nothing."""
 
     temperature: float | None = None
     top_p: float | None = None
@@ -25,8 +25,8 @@ class SamplingDefaults:
 def read_sampling_defaults(folder: Path) -> SamplingDefaults:
     """From `folder`/generation_config.json, if there is one. ModelError when it is not a JSON object.
 
-    `do_sample: false` is Hugging Face's default rather than an author's advice: it is not read. Values that no
-    request could ask for are left out.
+    `do_sample: false` is not read: it is Hugging Face's default, and no advice of the authors. Values that no request
+    could ask for are left out.
     """
     path = folder / "generation_config.json"
     try:

@@ -1,4 +1,4 @@
-"""WeightSource: what the loader asks of a checkpoint's weights, whatever their format; it reads nothing itself."""
+"""WeightSource: what the loader asks of a checkpoint's weights, whatever their format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Rows = tuple[int, int]
-"""Of a tensor's first dimension, from the first to before the second."""
+"""(start, stop) in a tensor's first dimension; stop is not included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,12 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     itemsize: int
-    """Bytes of a value as it is handed over."""
+    """Bytes of one value when it is yielded."""
     file: str
-    """The name of the file that has it."""
+    """The name of the file that holds it."""
 
     def nbytes(self, rows: Rows | None = None) -> int:
-        """Of all of it, or of some rows."""
+        """Bytes of the whole tensor, or of some rows."""
         shape = self.shape if rows is None else (rows[1] - rows[0], *self.shape[1:])
         return prod(shape) * self.itemsize
 
@@ -35,10 +35,10 @@ class WeightSource(Protocol):
     """Tensors under Hugging Face's names."""
 
     def stored(self) -> Mapping[str, StoredTensor]:
-        """Every tensor that there is, by name; known without reading the weights."""
+        """Every tensor, by name; no weights are read for it."""
 
     def tensors(self, rows: Mapping[str, Rows | None] | None = None) -> Iterator[tuple[str, Tensor | NDArray[Any]]]:
-        """The tensors that `rows` names, each once, whole (None) or some rows of it, in any order, on the CPU.
+        """(name, tensor) on the CPU for each name in `rows`, once, in any order: whole (None) or those rows of it.
 
-        Without `rows`, all of them. The source lets go of one when it is asked for the next.
+        Without `rows`, every tensor. The source lets go of a tensor when it is asked for the next.
         """

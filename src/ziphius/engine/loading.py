@@ -1,4 +1,4 @@
-"""Brings up one rank: weights, cache, scheduler, a first token; it neither serves nor talks to a frontend itself."""
+"""load_rank: brings up one rank: its weights, its cache, and on rank 0 a first token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ from ziphius.ipc.messages import AddRequest, LoadProgress, Ready, SamplingParams
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import has_gpu_kernels
 from ziphius.models.causal_lm import CausalLM
-from ziphius.models.llama import LlamaForCausalLM
 from ziphius.models.loader import WeightSource, load_model, make_dummy
 from ziphius.planner.evaluate import SHORTEST_CONTEXT
 from ziphius.planner.measured import compare
@@ -61,12 +60,12 @@ Report = Callable[[LoadProgress], None]
 
 _WARM_UP_PROMPT = 64
 _WARM_UP_PROMPTS_ON_GPU = (4096, 2048, 1024, 512, 256, 128)
-"""Beside a whole step's worth: prompts of each of these sizes are computed by other kernels, the library's too."""
+"""Prompts of each size are computed by other kernels, also by those of the library. A whole step's worth is added."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedRank:
-    """A rank that has generated its first token; ranks > 0: one that is ready to."""
+    """A rank that is ready to compute; rank 0 has generated its first token."""
 
     config: ServeConfig
     checkpoint: Checkpoint
@@ -76,14 +75,14 @@ class LoadedRank:
     device: torch.device
     team: Team
     own_threads: bool = False
-    """The model computes on threads of its own, not on torch's."""
+    """Whether the model computes on threads of its own, not on torch's."""
 
     @property
     def limits(self) -> BatchLimits:
         return batch_limits(self.config, self.device)
 
     def make_engine(self, channel: Channel) -> Engine:
-        """rank 0: an engine with an empty queue and prefix cache. One at a time: they would share the pool."""
+        """Rank 0: an engine with an empty queue and prefix cache. Make one at a time: two would share the pool."""
         runner: Runner = self.runner
         on_cuda, alone = self.device.type == "cuda", self.team.alone
         if not on_cuda and not alone:
@@ -98,11 +97,11 @@ class LoadedRank:
         )
 
     def make_follower(self) -> Follower:
-        """Ranks > 0: the loop that rank 0 drives."""
+        """Ranks > 0: the loop that does what rank 0 sends."""
         return Follower(self.runner, self.team.receive)
 
     def leave(self) -> None:
-        """Let go of what keeps the ranks' group from ending; after the last step, and inside `join_team`'s block."""
+        """Release what would keep the ranks' group from ending. Call it after the last step, within `join_team`."""
         self.runner.release_graphs()
 
     def make_scheduler(self) -> Scheduler:
@@ -120,17 +119,17 @@ class LoadedRank:
 def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team: Team | None = None) -> LoadedRank:
     """Load this rank's part of `checkpoint`, size the pool with the other ranks, generate a token (rank 0).
 
-    Ranks > 0 must go on with `make_follower().run()` at once: rank 0's first token waits for them.
+    Ranks > 0 must call `make_follower().run()` at once, because rank 0's first token waits for them.
 
-    ModelError for a checkpoint that cannot be used, DoesNotFit for weights or one context that memory cannot
-    hold, ConfigError for options the model contradicts, EngineFailed when the first token does not come.
+    ModelError for a checkpoint that cannot be used, DoesNotFit when memory cannot hold the weights or one context,
+    ConfigError for options that the model contradicts, EngineFailed when the first token does not come.
     """
     team = team or Team()
     started = time.monotonic()
     precision = resolve_precision(config)
     _check_ranks(config, checkpoint, precision, team)
     free_before = free_memory(precision.device)
-    team.meet()  # before anyone takes of the memory that all of them have just looked at
+    team.meet()  # no rank may take memory before all have measured how much is free
     predicted = _check_weights(checkpoint, precision, free_before, team)
     taken = predicted * _sharing(precision, team)
     _, predicted_size = plan_pool(config, checkpoint.config, precision, free_before - taken, free_before)
@@ -153,16 +152,15 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
         predicted_weight_bytes=predicted,
         predicted_kv_tokens=predicted_size.tokens,
     )
-    if team.parallel.rank == 0:  # the others' numbers are the same
+    if team.parallel.rank == 0:  # the other ranks have the same numbers
         for line, off in compare(ready):
             _log.log(logging.WARNING if off else logging.INFO, "%s", line)
     num_pages = size.pages(config.page_size)
     runner = _make_runner(config, model, num_pages, context_length, precision, team.parallel, report)
-    on_cpu = model.on_cpu if isinstance(model, LlamaForCausalLM) else None
-    if on_cpu is not None:
+    if model.own_threads:
         report(LoadProgress(phase="kernels", detail="compiled at the first start, then kept"))
-        on_cpu.compile()
-    loaded = LoadedRank(config, checkpoint, ready, runner, num_pages, precision.device, team, on_cpu is not None)
+        model.compile_kernels()
+    loaded = LoadedRank(config, checkpoint, ready, runner, num_pages, precision.device, team, model.own_threads)
     report(LoadProgress(phase="warm-up"))
     if team.parallel.rank == 0:
         warm_up(loaded)
@@ -172,9 +170,10 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
 def plan_pool(
     config: ServeConfig, model: ModelConfig, precision: Precision, free_bytes: int, free_before_bytes: int
 ) -> tuple[int, PoolSize]:
-    """(context length, pool): as asked, else the model's, else the longest that memory or max_total_tokens leaves.
+    """(context length, size of the pool).
 
-    DoesNotFit when what was asked for, or a context of any use, has no room.
+    The context length is the one that was asked for, else the model's, else the longest for which memory or
+    max_total_tokens has room. DoesNotFit when the one that was asked for has no room, or no useful one has.
     """
     longest = model.max_position_embeddings
     asked = config.context_length
@@ -212,13 +211,13 @@ def plan_pool(
 
 
 def batch_limits(config: ServeConfig, device: torch.device) -> BatchLimits:
-    """What a step takes at most, on this device."""
+    """The most requests and tokens of one step on this device."""
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     return BatchLimits.of(kind, config.max_running_requests, config.chunked_prefill_size)
 
 
 def _check_ranks(config: ServeConfig, checkpoint: Checkpoint, precision: Precision, team: Team) -> None:
-    """ConfigError unless `team` is what `config` asks for, and divides the model."""
+    """ConfigError unless `team` has as many ranks as `config` asks for, and they can share the model."""
     if config.tp != team.parallel.size:
         raise ConfigError(
             f"tp is {config.tp}, but this is rank {team.parallel.rank} of {team.parallel.size}: "
@@ -229,20 +228,20 @@ def _check_ranks(config: ServeConfig, checkpoint: Checkpoint, precision: Precisi
 
 
 def _sharing(precision: Precision, team: Team) -> int:
-    """Ranks that take of one memory: those of a machine its main memory; a GPU is each rank's own."""
+    """Ranks that share one memory: those of one machine share its main memory, but each rank has its own GPU."""
     return 1 if precision.device.type == "cuda" else team.ranks_here
 
 
 def _agreed(team: Team, context_length: int, size: PoolSize) -> tuple[int, PoolSize]:
-    """The least of what each rank has room for: page numbers are the same on all."""
+    """The smallest values of all ranks: the page numbers must be the same on all of them."""
     context_length, tokens = team.smallest(context_length, size.tokens)
     return context_length, replace(size, tokens=tokens)
 
 
 def warm_up(loaded: LoadedRank) -> None:
-    """Generate tokens for requests long and short, so that each kind of step has run. EngineFailed if not.
+    """Generate tokens for long and short requests, so that each kind of step has run. EngineFailed if it fails.
 
-    Kernels for a GPU are compiled when they first run: here, not under the first user.
+    Kernels for a GPU are compiled when they first run; they run here, so that the first user need not wait.
     """
     channel = MemoryChannel()
     engine = loaded.make_engine(channel)
@@ -253,7 +252,7 @@ def warm_up(loaded: LoadedRank) -> None:
         waves += [(length,) for length in (loaded.limits.prompt_tokens, *_WARM_UP_PROMPTS_ON_GPU)]
     for wave in waves:
         for length in wave:
-            # Each begins with another token: none is found in the prefix cache.
+            # Each prompt begins with another token, so that the prefix cache has none of them.
             ids = [(length + i) % vocab for i in range(max(1, min(length, context - sampling.max_new_tokens)))]
             channel.to_engine.append(AddRequest(rid=f"warm-up {length}", prompt_ids=ids, sampling=sampling))
         engine.turn()
@@ -266,7 +265,7 @@ def warm_up(loaded: LoadedRank) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on `device` now."""
+    """Bytes that can be allocated on `device` now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
@@ -274,7 +273,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _check_weights(checkpoint: Checkpoint, precision: Precision, free_bytes: int, team: Team) -> int:
-    """Predicted bytes of this rank's weights. DoesNotFit before minutes of loading, not after."""
+    """Predicted bytes of this rank's weights. DoesNotFit if they have no room, before loading takes minutes."""
     float_bytes = torch.empty((), dtype=precision.dtype).element_size()
     tp, sharing = team.parallel.size, _sharing(precision, team)
     predicted = weight_bytes(checkpoint.config, tp, precision.weights_format, float_bytes=float_bytes).total
@@ -292,7 +291,7 @@ def _load_weights(
     config: ServeConfig, checkpoint: Checkpoint, precision: Precision, report: Report, parallel: ParallelState
 ) -> CausalLM:
     how = (parallel, precision.weights_format, precision.dtype, precision.device)
-    with _running_out_is_told(f"the weights of {checkpoint.name} were loaded"):
+    with _out_of_memory_explained(f"the weights of {checkpoint.name} were loaded"):
         if config.load_format == "dummy":
             return make_dummy(checkpoint.config, *how, batch_invariant=precision.batch_invariant)
         source: WeightSource
@@ -304,8 +303,8 @@ def _load_weights(
 
 
 @contextmanager
-def _running_out_is_told(when: str) -> Iterator[None]:
-    """DoesNotFit for the ways in which an allocation can fail."""
+def _out_of_memory_explained(when: str) -> Iterator[None]:
+    """DoesNotFit in place of each error that a failed allocation can raise."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -330,7 +329,7 @@ def _make_runner(
 ) -> ModelRunner:
     device, page_size = precision.device, config.page_size
     rows = batch_limits(config, precision.device).requests + 1  # One more, for padding.
-    with _running_out_is_told("the KV cache was made"):
+    with _out_of_memory_explained("the KV cache was made"):
         pool = KVPool(model.config, num_pages, page_size, precision.dtype, device, parallel)
     max_pages = -(-context_length // page_size) + 1
     table = RowTable(rows, max_pages, page_size, device)
@@ -341,7 +340,7 @@ def _make_runner(
         from ziphius.engine.cuda_graph import DecodeGraphs  # needs Triton
 
         graphs = DecodeGraphs(model, pool, attention, table.last_token, max_pages, _largest_graph(config, rows - 1))
-        with _running_out_is_told("CUDA graphs were captured"):
+        with _out_of_memory_explained("CUDA graphs were captured"):
             _capture(graphs, report)
     return ModelRunner(model, pool, attention, table, sampler, parallel, graphs)
 

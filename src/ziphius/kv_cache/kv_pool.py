@@ -1,16 +1,15 @@
-"""KVPool: the tensors that keep every request's keys and values, by page; who owns which page is page_pool's."""
+"""KVPool: the tensors that keep every request's keys and values, by page. PagePool knows which pages are free."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.config import LatentAttention, ModelConfig
 from ziphius.distributed import ParallelState
 
 
@@ -19,7 +18,7 @@ class KVCache:
     """One layer's keys and values on this rank."""
 
     k: Tensor
-    """[slots, kv_heads_of_rank, head_dim]; how a page's keys lie within the page is the attention backend's affair."""
+    """[slots, kv_heads_of_rank, head_dim]; the attention backend decides how the keys are ordered within a page."""
     v: Tensor
     """[slots, kv_heads_of_rank, head_dim]."""
 
@@ -35,7 +34,7 @@ class LatentCache:
 class KVPool:
     """`num_pages` pages of `page_size` slots in each layer, and one scratch page after them.
 
-    Page `scratch_page` (index num_pages) belongs to nobody: padded rows write there.
+    No request owns the page `scratch_page` (index num_pages): padded rows write there.
     """
 
     def __init__(
@@ -52,23 +51,17 @@ class KVPool:
         self.scratch_page = num_pages
         slots = (num_pages + 1) * page_size
         self.kv: list[KVCache] = []
-        """The layers of a Llama; empty for MLA."""
+        """The layers of grouped-query attention; empty for MLA."""
         self.latent: list[LatentCache] = []
-        """The layers of MLA; empty for a Llama."""
+        """The layers of MLA; empty for grouped-query attention."""
         for _ in range(config.num_hidden_layers):
             # Zeros, because a masked score times uninitialised NaN would still be NaN.
-            if config.mla is not None:
-                shape: tuple[int, ...] = (slots, config.mla.latent_dim)
-                self.latent.append(LatentCache(_zeros(shape, dtype, device)))
+            if isinstance(config.attention, LatentAttention):
+                self.latent.append(LatentCache(_zeros((slots, config.attention.latent_dim), dtype, device)))
             else:
                 shape = (slots, parallel.shard_kv_heads(config.num_key_value_heads), config.head_dim)
                 k, v = (_zeros(shape, dtype, device) for _ in range(2))
                 self.kv.append(KVCache(k, v))
-
-    @property
-    def layers(self) -> Sequence[KVCache | LatentCache]:
-        """Whichever there are, in the model's order."""
-        return self.latent or self.kv
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +71,7 @@ class KVPool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. On a CPU the kernel gives the memory page by page as it is used: torch.zeros would write all of it now."""
+    """Zeros. On a CPU the operating system gives the memory when it is first used; torch.zeros writes all."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, prod(shape) * dtype.itemsize)

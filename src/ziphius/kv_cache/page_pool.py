@@ -1,4 +1,4 @@
-"""PagePool: which pages of the KV cache are free; it knows neither who holds the others nor what is in them."""
+"""PagePool: which pages of the KV cache are free."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 
 class PagePool:
-    """The pages 0..num_pages-1. Each is either free here or somebody's; taking and giving back cost O(1) a page."""
+    """The pages 0..num_pages-1. Each is free or has one owner. Allocating and freeing cost O(1) a page."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        # A stack whose top is the lowest page, so that a fresh pool hands out neighbours in order.
+        # A stack with the lowest page on top, so that a fresh pool gives out neighbouring pages in order.
         self._free = list(range(num_pages - 1, -1, -1))
         self._is_free = bytearray(b"\1" * num_pages)
 
@@ -23,7 +23,7 @@ class PagePool:
         return list(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages. RuntimeError when fewer are free: the caller asks `num_free` first."""
+        """Take `count` pages. RuntimeError when fewer are free; the caller must look at `num_free` first."""
         if count > len(self._free):
             raise RuntimeError(f"{count} pages wanted, {len(self._free)} free")
         if count == 0:
@@ -35,7 +35,7 @@ class PagePool:
         return pages
 
     def free(self, pages: Iterable[int]) -> None:
-        """Give pages back. RuntimeError for one that is free already: two owners would share it next."""
+        """Give pages back. RuntimeError for a page that is free already: two requests would get it next."""
         for page in pages:
             if self._is_free[page]:
                 raise RuntimeError(f"page {page} was freed twice")

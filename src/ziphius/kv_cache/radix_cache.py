@@ -1,9 +1,9 @@
-"""RadixCache: which pages hold which token prefixes, and which go first; it frees nothing and reads no KV values.
+"""RadixCache: which pages hold which token prefixes, and which pages are evicted first.
 
-A radix tree over whole pages (after RadixAttention, Zheng et al. 2023, arXiv:2312.07104): each edge is a run of
-pages with their tokens, and two children of a node differ within their first page. A page in the tree belongs to
-the tree. A request that reads pages locks the node where they end, which keeps everything above it; what nobody
-locks may be evicted from the leaves upwards, least recently used first.
+It is a radix tree over whole pages (after RadixAttention, Zheng et al. 2023, arXiv:2312.07104): each edge is a run of
+pages with their tokens, and two children of a node differ within their first page. The tree owns its pages. A request
+that reads pages locks the node where they end, and the lock keeps everything above that node as well. Pages without a
+lock may be evicted: from the leaves upwards, the least recently used first.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 TOKEN_TYPE = "q"
-"""Type code of the token arrays that the cache is asked with."""
+"""The type code of the token arrays that `match` and `insert` take."""
 _TOKEN_BYTES = array(TOKEN_TYPE).itemsize
 
 
 class RadixNode:
-    """One edge and the node at its end. Opaque outside: a handle to lock and unlock."""
+    """One edge and the node at its end. For others it is only a handle that they lock and unlock."""
 
     __slots__ = ("children", "key", "last_used", "lock_count", "pages", "parent", "queued")
 
     def __init__(self, key: bytearray, pages: list[int], parent: RadixNode | None, last_used: int) -> None:
         self.key = key
-        """The edge's tokens as bytes: comparing is one memcmp, cutting the tail off is free."""
+        """The edge's tokens as bytes: a comparison is one memcmp, and cutting off the end copies nothing."""
         self.pages = pages
         self.parent = parent
         self.children: dict[bytes, RadixNode] = {}
         """By the bytes of the child's first page."""
         self.lock_count = 0
-        """Locks held on this node or below it: never less than a child's."""
+        """Locks on this node and on all nodes below it."""
         self.last_used = last_used
         self.queued = False
         """Whether the eviction heap has an entry for it."""
@@ -51,7 +51,7 @@ class Insertion(NamedTuple):
 
 
 class RadixCache:
-    """Prefixes by page. Matching and inserting cost O(tokens asked about), locking O(edges on the path)."""
+    """Prefixes by page. `match` and `insert` cost O(tokens given), `lock` and `unlock` O(edges on the path)."""
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
@@ -60,8 +60,8 @@ class RadixCache:
         self._num_pages = 0
         self._num_locked = 0
         self._root = RadixNode(bytearray(), [], None, 0)
-        # (last_used, tie-break, leaf). Entries go stale and are corrected when they come to the top, so that
-        # locking and matching never search it; `queued` keeps it to one entry a node.
+        # A heap of (last_used, tie-break, leaf). Entries become out of date, and are corrected when they come to the
+        # top, so that locking and matching never search the heap. Because of `queued` a node has one entry at most.
         self._leaves: list[tuple[int, int, RadixNode]] = []
 
     @property
@@ -70,7 +70,7 @@ class RadixCache:
 
     @property
     def num_evictable(self) -> int:
-        """Pages that no lock keeps: `evict` can return all of them."""
+        """Pages without a lock: `evict` can return all of them."""
         return self._num_pages - self._num_locked
 
     def pages(self) -> Iterator[int]:
@@ -89,7 +89,8 @@ class RadixCache:
     def insert(self, tokens: array[int], pages: list[int]) -> Insertion:
         """Keep `pages`, which hold the first len(pages) * page_size of `tokens`.
 
-        Where the tree has a prefix of them already its own pages stay, and the caller still owns his.
+        If the tree has a prefix of these tokens already, it keeps its own pages for that prefix, and the caller still
+        owns the first `present` of `pages`.
         """
         key = tokens[: len(pages) * self._page_size].tobytes()
         if len(key) != len(pages) * self._page_bytes:
@@ -106,7 +107,7 @@ class RadixCache:
         return Insertion(present, node)
 
     def lock(self, node: RadixNode) -> None:
-        """Keep `node` and all above it from eviction, until as many `unlock`s."""
+        """Protect `node` and all above it from eviction, until `unlock` was called as often as `lock`."""
         step: RadixNode | None = node
         while step is not None:
             if step.lock_count == 0:
@@ -126,9 +127,9 @@ class RadixCache:
         self._queue_if_leaf(node)
 
     def evict(self, count: int) -> list[int]:
-        """Forget `count` pages, which now belong to the caller. RuntimeError when fewer are evictable.
+        """Remove `count` pages from the tree; the caller owns them then. RuntimeError when fewer are evictable.
 
-        A leaf loses its last pages first and keeps its front as long as that suffices.
+        A leaf loses its last pages first, and is removed only when all its pages are taken.
         """
         if count > self.num_evictable:
             raise RuntimeError(f"{count} pages to evict, {self.num_evictable} evictable")
@@ -146,7 +147,7 @@ class RadixCache:
         return evicted
 
     def clear(self) -> list[int]:
-        """Forget everything; the pages now belong to the caller. RuntimeError while anything is locked."""
+        """Remove all pages from the tree; the caller owns them then. RuntimeError while anything is locked."""
         if self._root.lock_count:
             raise RuntimeError("the prefix cache cannot be cleared while requests use it")
         pages = list(self.pages())
@@ -156,7 +157,7 @@ class RadixCache:
         return pages
 
     def _descend(self, key: bytes) -> tuple[list[int], RadixNode]:
-        """Follow `key` as far as the tree knows it, in whole pages; an edge left half-way is split there."""
+        """Follow `key` as far as the tree has it, in whole pages. An edge that it leaves in the middle is split."""
         self._clock += 1
         node, pages, done = self._root, list[int](), 0
         while (child := node.children.get(key[done : done + self._page_bytes])) is not None:
@@ -168,7 +169,7 @@ class RadixCache:
         return pages, node
 
     def _common_bytes(self, edge: bytearray, key: bytes, done: int) -> int:
-        """How far `edge` and `key` from `done` on agree, in whole pages; their first page does."""
+        """How many bytes of `edge` and of `key` from `done` on are equal, in whole pages; the first page is."""
         if key.startswith(edge, done):
             return len(edge)
         size = self._page_bytes
@@ -180,7 +181,7 @@ class RadixCache:
     def _split(self, node: RadixNode, length: int) -> RadixNode:
         """Cut `node`'s edge after `length` bytes; returns the new upper part.
 
-        `node` itself stays the lower end: whoever locked it also locked what is now above it.
+        `node` itself stays the lower part: those who locked it have also locked what is now above it.
         """
         pages = length // self._page_bytes
         upper = RadixNode(node.key[:length], node.pages[:pages], node.parent, node.last_used)

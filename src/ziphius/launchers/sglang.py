@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from ziphius.checkpoint.hub_cache import hub_cache, hub_home
 from ziphius.config import DEFAULT_MODEL, Resolved
 from ziphius.errors import ConfigError
 from ziphius.installation import instances_folder, ziphius_home
@@ -20,7 +21,6 @@ from ziphius.launchers.launcher import Launch, PrivateFile
 from ziphius.launchers.local import Local
 from ziphius.launchers.sglang_plan import Outlook
 from ziphius.launchers.sglang_settings import Planned, arguments, threads_environment
-from ziphius.planner.find_model import hub_cache, hub_home
 
 DEFAULT_IMAGE = "sglang.sif"
 Planner = Callable[[Resolved, Mapping[str, str]], Outlook]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from ziphius.checkpoint.architectures import architecture_of
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError, ModelError
 from ziphius.launchers.sglang_settings import Planned
@@ -47,7 +48,7 @@ def plan_start(
         if not force:
             raise
         return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
-    remote_code = source.config.mla is not None
+    remote_code = architecture_of(source.config.architecture).remote_code
     if plan.recommendation is None:
         refused = refusal(plan)
         if not force:

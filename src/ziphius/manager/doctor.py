@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ziphius.checkpoint.hub_cache import hub_cache, hub_home
 from ziphius.planner.evaluate import LEAST_CAPABILITY
-from ziphius.planner.find_model import hub_cache, hub_home
 from ziphius.planner.hardware import Gpu, Host, describe
 from ziphius.planner.memory import GIB, MIB, gib
 from ziphius.planner.software import Package, TorchBuild, apptainer_version, packages, torch_build

@@ -323,7 +323,7 @@ def _said(answer: Answer) -> str:
 
 def _with_absolute_paths(resolved: Resolved) -> Resolved:
     """What was given relative to here must still be found by a restart from elsewhere: the model too, if it is here."""
-    from ziphius.checkpoint.pull import fetchable_models
+    from ziphius.checkpoint.packaged import fetchable_models
     from ziphius.launchers.engines import with_absolute_paths  # here: `status` does without these
 
     resolved = with_absolute_paths(resolved)

@@ -1,7 +1,7 @@
 """DeepSeek-V2, V2-Lite, Coder-V2 and V2.5: latent attention and a mixture of experts (arXiv:2405.04434).
 
 Where transformers differs from DeepSeek's published modeling_deepseek.py, this follows the published model.
-Tensor names are the checkpoints'.
+The tensors have the checkpoints' names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend, ProjectedTokens
 from ziphius.attention.batch import ForwardBatch
-from ziphius.checkpoint.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
+from ziphius.checkpoint.config import LatentAttention, ModelConfig, MoEConfig, YarnConfig
 from ziphius.distributed import ParallelState
 from ziphius.errors import UnsupportedModel
 from ziphius.kernels.routing_reference import select_experts
@@ -23,11 +23,9 @@ from ziphius.layers.layer import CheckpointTensor, Layer, Shard
 from ziphius.layers.linear import (
     ColumnParallelLinear,
     Linear,
-    ParallelLMHead,
     PartlyParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    VocabParallelEmbedding,
 )
 from ziphius.layers.mlp import GatedMLP
 from ziphius.layers.moe import RoutedExperts
@@ -35,15 +33,16 @@ from ziphius.layers.norm import RMSNorm
 from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding, yarn_softmax_scale
 from ziphius.layers.select import make_ops
+from ziphius.models.decoder import Decoder
 
 LATENT_NORM_EPS = 1e-6
-"""Of q_a_layernorm and kv_a_layernorm: the published model leaves them at this, whatever rms_norm_eps is."""
+"""The epsilon of q_a_layernorm and kv_a_layernorm. The published model does not use rms_norm_eps for them."""
 
 
 class LatentExpansion(Layer):
     """kv_b_proj, cut by heads into its key half and its value half. It stays float: decoding absorbs it."""
 
-    def __init__(self, heads: int, mla: MLAConfig, context: LayerContext) -> None:
+    def __init__(self, heads: int, mla: LatentAttention, context: LayerContext) -> None:
         local = context.parallel.shard(heads, "num_attention_heads")
         rows = mla.qk_nope_head_dim + mla.v_head_dim
         self._shape = (heads * rows, mla.kv_lora_rank)
@@ -64,13 +63,13 @@ class LatentExpansion(Layer):
 
 
 class LatentProjection(Layer):
-    """x -> (query input, latent, shared rotary key), in one product: what every head starts from.
+    """x -> (queries, latent, shared rotary key). One product computes the inputs that all heads share.
 
-    Where queries are not compressed (q_lora_rank null) they are in the same product, this rank's heads of them.
+    If queries are not compressed (q_lora_rank null), the product also computes the queries of this rank's heads.
     """
 
-    def __init__(self, config: ModelConfig, mla: MLAConfig, context: LayerContext) -> None:
-        hidden, heads, bias = config.hidden_size, config.num_attention_heads, config.attention_bias
+    def __init__(self, config: ModelConfig, mla: LatentAttention, context: LayerContext) -> None:
+        hidden, heads, bias = config.hidden_size, mla.heads, mla.bias
         self.q_norm = None if mla.q_lora_rank is None else RMSNorm(mla.q_lora_rank, LATENT_NORM_EPS, context)
         self.kv_norm = RMSNorm(mla.kv_lora_rank, LATENT_NORM_EPS, context)
         queries = context.parallel.shard(heads, "num_attention_heads") * mla.qk_head_dim
@@ -104,16 +103,15 @@ class LatentProjection(Layer):
 class DeepseekV2Attention(Layer):
     """Multi-head latent attention."""
 
-    def __init__(self, config: ModelConfig, mla: MLAConfig, context: LayerContext) -> None:
-        heads = config.num_attention_heads
+    def __init__(self, config: ModelConfig, mla: LatentAttention, context: LayerContext) -> None:
         self._mla = mla
         self._ops = context.ops
         self._scale = mla.qk_head_dim**-0.5
         if isinstance(config.rope_scaling, YarnConfig):
             self._scale *= yarn_softmax_scale(config.rope_scaling)
         self.latent = LatentProjection(config, mla, context)
-        self.kv_b_proj = LatentExpansion(heads, mla, context)
-        self.o_proj = RowParallelLinear(heads * mla.v_head_dim, config.hidden_size, context, bias=config.attention_bias)
+        self.kv_b_proj = LatentExpansion(mla.heads, mla, context)
+        self.o_proj = RowParallelLinear(mla.heads * mla.v_head_dim, config.hidden_size, context, bias=mla.bias)
 
     def __call__(
         self,
@@ -178,7 +176,7 @@ class DeepseekV2MoE(Layer):
 class DeepseekV2Layer(Layer):
     """Attention and MLP or experts, each behind a norm, each added to the residual sum."""
 
-    def __init__(self, config: ModelConfig, mla: MLAConfig, layer_id: int, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, mla: LatentAttention, layer_id: int, context: LayerContext) -> None:
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, context)
         self.self_attn = DeepseekV2Attention(config, mla, context)
@@ -208,7 +206,7 @@ class DeepseekV2Layer(Layer):
         yield from self.mlp.checkpoint_tensors(f"{name}.mlp")
 
 
-class DeepseekV2ForCausalLM(Layer):
+class DeepseekV2ForCausalLM(Decoder[DeepseekV2Layer]):
     """A CausalLM."""
 
     def __init__(
@@ -219,15 +217,12 @@ class DeepseekV2ForCausalLM(Layer):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        mla = config.mla
-        if mla is None:
+        mla = config.attention
+        if not isinstance(mla, LatentAttention):
             raise UnsupportedModel("DeepseekV2ForCausalLM needs latent attention: kv_lora_rank is missing")
         context = LayerContext(parallel, linear_format, make_ops(device, linear_format.batch_invariant), dtype, device)
-        self.config = config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
-        self.layers = [DeepseekV2Layer(config, mla, i, context) for i in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.lm_head = ParallelLMHead(self.embed_tokens, config.tie_word_embeddings, context)
+        layers = [DeepseekV2Layer(config, mla, i, context) for i in range(config.num_hidden_layers)]
+        super().__init__(config, layers, context)
         self._rotary = RotaryEmbedding(mla.qk_rope_head_dim, config.rope_theta, config.rope_scaling, device)
 
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
@@ -237,17 +232,3 @@ class DeepseekV2ForCausalLM(Layer):
         for layer, cache in zip(self.layers, pool.latent, strict=True):
             x = layer(x, angles, cache, batch, attention)
         return self.norm(x)
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """See CausalLM."""
-        return self.lm_head(hidden, out)
-
-    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-        """See CausalLM."""
-        yield from self.embed_tokens.checkpoint_tensors("model.embed_tokens")
-        for i, layer in enumerate(self.layers):
-            yield from layer.checkpoint_tensors(f"model.layers.{i}")
-        yield from self.norm.checkpoint_tensors("model.norm")
-        yield from self.lm_head.checkpoint_tensors(
-            "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        )

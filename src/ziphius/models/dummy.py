@@ -1,6 +1,6 @@
-"""fill_dummy: random weights, drawn in place on the device that holds them; it reads no checkpoint.
+"""fill_dummy: random weights for measurements and tests, drawn in place on the device that holds them.
 
-For measurements and tests: speed does not care what the weights are, as long as they are neither equal nor zero.
+The values do not change the speed, as long as they are neither equal nor zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STD = 0.02
 
 
 def fill_dummy(model: Layer, seed: int = 0) -> None:
-    """Matrices get values of standard deviation 0.02, whatever their format; vectors (norms, biases) values around 1.
+    """Matrices of every format get values of standard deviation 0.02; vectors (norms, biases) get values around 1.
 
     118 GB take a few seconds on a GPU.
     """
@@ -37,7 +37,7 @@ def fill_dummy(model: Layer, seed: int = 0) -> None:
 
 
 def _parts(value: Any) -> Iterator[Tensor | LinearWeight | ExpertWeights]:
-    """Every weight of some format here and below, and every tensor that belongs to none."""
+    """Every weight with a format in `value` and below it, and every tensor that is not part of such a weight."""
     if isinstance(value, (Tensor, LinearWeight, ExpertWeights)):
         yield value
     elif isinstance(value, Layer):

@@ -1,4 +1,4 @@
-"""Llama-shaped models: grouped-query attention and a SwiGLU MLP, under Hugging Face's tensor names."""
+"""Llama-shaped models (Llama, Qwen2): grouped-query attention and a SwiGLU MLP, under Hugging Face's tensor names."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend
 from ziphius.attention.batch import ForwardBatch
-from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.config import GroupedQueryAttention, ModelConfig
 from ziphius.distributed import ParallelState
+from ziphius.errors import UnsupportedModel
 from ziphius.kv_cache.kv_pool import KVCache, KVPool
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer
-from ziphius.layers.linear import ParallelLMHead, QKVParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from ziphius.layers.linear import QKVParallelLinear, RowParallelLinear
 from ziphius.layers.mlp import GatedMLP
 from ziphius.layers.norm import RMSNorm
 from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding
 from ziphius.layers.select import make_ops
+from ziphius.models.decoder import Decoder
 from ziphius.models.llama_cpu import LlamaLayerParts, llama_on_cpu
 
 
 class LlamaAttention(Layer):
     """Grouped-query attention; each rank has an equal share of the heads."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
-        hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
-        bias = config.attention_bias
-        self.qkv_proj = QKVParallelLinear(hidden, heads, config.num_key_value_heads, head_dim, context, bias=bias)
-        self.o_proj = RowParallelLinear(heads * head_dim, hidden, context, bias=bias)
+    def __init__(self, config: ModelConfig, shape: GroupedQueryAttention, context: LayerContext) -> None:
+        hidden, heads, head_dim = config.hidden_size, shape.heads, shape.head_dim
+        self.qkv_proj = QKVParallelLinear(hidden, heads, shape.kv_heads, head_dim, context, bias=shape.qkv_bias)
+        self.o_proj = RowParallelLinear(heads * head_dim, hidden, context, bias=shape.o_bias)
         self._ops = context.ops
         self._scale = head_dim**-0.5
 
@@ -44,9 +45,16 @@ class LlamaAttention(Layer):
     ) -> Tensor:
         """x [T, hidden], normed -> [T, hidden]."""
         qk, v = self.qkv_proj.split(self.qkv_proj(x))
-        q, k = self.qkv_proj.split_qk(self._ops.rotate(qk, *angles, interleaved=False))
+        q, k = self.rotated(qk, angles)
         out = attention.attend(q, k, v, cache, batch, self._scale)
         return self.o_proj(out.flatten(1))
+
+    def rotated(self, qk: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Heads of q and k together [T, heads + kv_heads, D] -> q [T, heads, D] and k [T, kv_heads, D], rotated.
+
+        `qk` may be overwritten.
+        """
+        return self.qkv_proj.split_qk(self._ops.rotate(qk, *angles, interleaved=False))
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
         yield from self.qkv_proj.checkpoint_tensors(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
@@ -56,10 +64,10 @@ class LlamaAttention(Layer):
 class LlamaLayer(Layer):
     """Attention and MLP, each behind a norm, each added to the residual sum."""
 
-    def __init__(self, config: ModelConfig, context: LayerContext) -> None:
+    def __init__(self, config: ModelConfig, attention: LlamaAttention, context: LayerContext) -> None:
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, context)
-        self.self_attn = LlamaAttention(config, context)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(hidden, eps, context)
         self.mlp = GatedMLP(hidden, config.intermediate_size, context, bias=config.mlp_bias)
 
@@ -79,7 +87,7 @@ class LlamaLayer(Layer):
         return self.mlp(x), residual
 
     def parts(self) -> LlamaLayerParts:
-        """For a body that computes the whole layer at once."""
+        """The layer's parts, for kernels that compute the whole layer at once."""
         attention, mlp = self.self_attn, self.mlp
         return LlamaLayerParts(
             self.input_layernorm,
@@ -97,8 +105,14 @@ class LlamaLayer(Layer):
         yield from self.mlp.checkpoint_tensors(f"{name}.mlp")
 
 
-class LlamaForCausalLM(Layer):
-    """A CausalLM. The head may be tied to the embedding."""
+class LlamaForCausalLM(Decoder[LlamaLayer]):
+    """A CausalLM.
+
+    Qwen2 uses it too: only its biases differ, and they are in the config's attention. A model with another attention
+    is a subclass with its own `attention_class`.
+    """
+
+    attention_class = LlamaAttention
 
     def __init__(
         self,
@@ -108,14 +122,14 @@ class LlamaForCausalLM(Layer):
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        shape = config.attention
+        if not isinstance(shape, GroupedQueryAttention):
+            raise UnsupportedModel(f"{config.architecture} needs grouped-query attention")
         context = LayerContext(parallel, linear_format, make_ops(device, linear_format.batch_invariant), dtype, device)
-        self.config = config
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, context)
-        self.layers = [LlamaLayer(config, context) for _ in range(config.num_hidden_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context)
-        self.lm_head = ParallelLMHead(self.embed_tokens, config.tie_word_embeddings, context)
-        self._rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling, device)
-        self.on_cpu = llama_on_cpu([layer.parts() for layer in self.layers], self.norm, config, context)
+        attention = [self.attention_class(config, shape, context) for _ in range(config.num_hidden_layers)]
+        super().__init__(config, [LlamaLayer(config, one, context) for one in attention], context)
+        self._rotary = RotaryEmbedding(shape.head_dim, config.rope_theta, config.rope_scaling, device)
+        self.on_cpu = llama_on_cpu([layer.parts() for layer in self.layers], self.norm, config, shape, context)
 
     def forward(self, batch: ForwardBatch, pool: KVPool, attention: AttentionBackend) -> Tensor:
         """See CausalLM."""
@@ -127,16 +141,12 @@ class LlamaForCausalLM(Layer):
             x, residual = layer(x, residual, angles, cache, batch, attention)
         return self.norm.add(x, residual)[0]
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+    @property
+    def own_threads(self) -> bool:
         """See CausalLM."""
-        return self.lm_head(hidden, out)
+        return self.on_cpu is not None
 
-    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+    def compile_kernels(self) -> None:
         """See CausalLM."""
-        yield from self.embed_tokens.checkpoint_tensors("model.embed_tokens")
-        for i, layer in enumerate(self.layers):
-            yield from layer.checkpoint_tensors(f"model.layers.{i}")
-        yield from self.norm.checkpoint_tensors("model.norm")
-        yield from self.lm_head.checkpoint_tensors(
-            "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        )
+        if self.on_cpu is not None:
+            self.on_cpu.compile()

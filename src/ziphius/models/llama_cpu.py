@@ -1,4 +1,4 @@
-"""A Llama's layers as one program of the CPU kernels, where they can be; what a layer computes, llama.py tells."""
+"""A Llama's layers as one program of the CPU kernels; llama.py is the definition of what they compute."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ziphius.attention.batch import ForwardBatch
-from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.config import GroupedQueryAttention, ModelConfig
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.context import LayerContext
 from ziphius.layers.linear import Linear
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LlamaLayerParts:
-    """What a layer of llama.py is made of."""
+    """The parts of one layer of llama.py."""
 
     input_layernorm: RMSNorm
     qkv_proj: Linear
@@ -35,7 +35,7 @@ class LlamaLayerParts:
 
 
 class LlamaOnCpu:
-    """The layers and the final norm of one model, bound to the pool it was last asked about."""
+    """The layers and the final norm of one model, with the cache of the pool that `takes` last saw."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class LlamaOnCpu:
         self._stack: LlamaStack | None = None
 
     def takes(self, pool: KVPool) -> bool:
-        """Whether the kernels take the model's and the pool's sizes and types."""
+        """Whether the kernels can compute the model's and the pool's sizes and types. Binds them to `pool` if so."""
         if self._pool is not pool:
             self._pool, self._stack = pool, self._bind(pool)
         return self._stack is not None
@@ -73,11 +73,11 @@ class LlamaOnCpu:
             query_starts=batch.query_starts,
             num_decodes=batch.num_decodes,
         )
-        # The stack's buffer is the next step's as well; what a step returns is not.
+        # A copy: the next step overwrites the stack's buffer, but not what an earlier step returned.
         return self._stack(step).clone()
 
     def compile(self) -> None:
-        """Compile the kernels; without this the first step does."""
+        """Compile the kernels; otherwise the first step compiles them."""
         from ziphius.kernels.cpu.llama import compile_jobs
 
         compile_jobs()
@@ -101,11 +101,19 @@ class LlamaOnCpu:
 
 
 def llama_on_cpu(
-    layers: Sequence[LlamaLayerParts], norm: RMSNorm, config: ModelConfig, context: LayerContext
+    layers: Sequence[LlamaLayerParts],
+    norm: RMSNorm,
+    config: ModelConfig,
+    shape: GroupedQueryAttention,
+    context: LayerContext,
 ) -> LlamaOnCpu | None:
-    """None where layers are computed one by one: on several ranks, with biases, or in another format."""
+    """None if the layers must be computed one by one.
+
+    The kernels know neither several ranks, nor biases, nor norms of q and k, nor other formats than packed int8.
+    """
     linear_format = context.linear_format
-    whole = context.parallel.size == 1 and not config.attention_bias and not config.mlp_bias
+    more = shape.qkv_bias or shape.o_bias or shape.qk_norm or config.mlp_bias
+    whole = context.parallel.size == 1 and not more
     if not whole or context.dtype != torch.float32 or not isinstance(linear_format, PackedInt8Format):
         return None
     return LlamaOnCpu(layers, norm, config, linear_format)

@@ -1,4 +1,4 @@
-"""load_model: a checkpoint's tensors, one at a time, into a model; it knows neither file formats nor architectures."""
+"""load_model: a checkpoint's tensors, one at a time, into a model, for every file format and architecture."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ziphius.models.causal_lm import CausalLM, make_model
 from ziphius.models.dummy import fill_dummy
 
 OnProgress = Callable[[int, int], None]
-"""(bytes done, bytes in all)."""
+"""Called with (bytes loaded, bytes in all)."""
 Report = Callable[[LoadProgress], None]
 
 _NAMES_IN_MESSAGE = 5
 
 Wanted = Mapping[str, Sequence[CheckpointTensor]]
-"""Who takes what: a name may have several takers."""
+"""By name, the places in the model that take the tensor; there may be several."""
 
 
 def load_model(
@@ -45,11 +45,12 @@ def load_model(
     report: Report | None = None,
     batch_invariant: bool = False,
 ) -> CausalLM:
-    """One rank's model with its weights. Beyond the model itself, memory holds what the source has read ahead.
+    """One rank's model with its weights. Beside the model, memory holds only what the source has read ahead.
 
     Of a tensor that the ranks share by rows, only this rank's rows are read. `weights_format` is fp32, bf16, fp16,
-    int8 or auto. `report` gets bytes, files and speed after every tensor. CheckpointError names what is missing, left
-    over or of the wrong shape before anything is read; ConfigError names a dimension that the ranks do not divide.
+    int8 or auto. `report` gets bytes, files and speed after every tensor. Before anything is read, CheckpointError
+    names the tensors that are missing, left over or of the wrong shape. ConfigError names a dimension that the number
+    of ranks does not divide.
     """
     linear_format = make_linear_format(weights_format, dtype, device, batch_invariant)
     model = make_model(config, parallel, linear_format, dtype, device)
@@ -63,7 +64,7 @@ def load_model(
             if name not in progress.left:
                 raise CheckpointError(f"the checkpoint has {name} twice")
             _load(_as_tensor(tensor), wanted[name], rows[name])
-            # The loop variable would keep this tensor in memory while the next one is read.
+            # Without this the loop variable would keep the tensor in memory while the next one is read.
             del tensor
             progress.loaded(name)
     if progress.left:
@@ -80,7 +81,7 @@ def make_dummy(
     *,
     batch_invariant: bool = False,
 ) -> CausalLM:
-    """As `load_model`, with random weights and no files. Every rank draws alike, so what they share is the same."""
+    """As `load_model`, with random weights and no files. Every rank draws the same numbers, so replicas are equal."""
     linear_format = make_linear_format(weights_format, dtype, device, batch_invariant)
     model = make_model(config, parallel, linear_format, dtype, device)
     assert isinstance(model, Layer)
@@ -96,7 +97,7 @@ def _by_name(model: CausalLM) -> dict[str, list[CheckpointTensor]]:
 
 
 def _ignored(config: ModelConfig) -> tuple[str, ...]:
-    """Endings of names that checkpoints carry and models recompute."""
+    """Endings of the names of tensors that checkpoints may hold and models do not read."""
     names = ("rotary_emb.inv_freq",)
     return (*names, "lm_head.weight") if config.tie_word_embeddings else names
 
@@ -123,7 +124,7 @@ def _check(wanted: Wanted, stored: Mapping[str, StoredTensor], config: ModelConf
 
 
 def _common_rows(takers: Sequence[CheckpointTensor]) -> Rows | None:
-    """The rows that every taker keeps, and nothing else; None when the whole tensor must be read."""
+    """The rows to read, if every taker keeps the same rows; None when the whole tensor must be read."""
     shards = {taker.shard for taker in takers}
     shard = shards.pop()
     if shards or shard is None or shard.dim != 0:
@@ -144,7 +145,7 @@ def _load(tensor: Tensor, takers: Sequence[CheckpointTensor], rows: Rows | None)
 
 
 class _Progress:
-    """How much of this rank's part has been read, and from how many files."""
+    """How much of this rank's part is loaded, and how many files are done."""
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class _Progress:
         report: Report | None,
     ) -> None:
         self.left = {name: stored[name].nbytes(part) for name, part in rows.items()}
-        """Bytes of what is not loaded yet, by name."""
+        """Bytes of each tensor that is not loaded yet, by name."""
         self._stored = stored
         self._in_file = Counter(stored[name].file for name in rows)
         self._files = len(self._in_file)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ziphius.checkpoint.config import MLAConfig, ModelConfig, MoEConfig
+from ziphius.checkpoint.config import ModelConfig, MoEConfig
+from ziphius.checkpoint.parameters import Kind, Matrix, Part
 from ziphius.errors import DoesNotFit
 
 GIB = 1 << 30
@@ -31,43 +32,8 @@ CPU_PROCESS = 512 * MIB
 """Main memory of a rank's process without weights and cache: interpreter, torch, buffers."""
 
 WeightsFormat = Literal["fp32", "bf16", "fp16", "int8", "fp8", "int4"]
-Part = Literal[
-    "routed_experts",
-    "shared_experts",
-    "attention_sharded",
-    "attention_replicated",
-    "dense",
-    "router",
-    "embedding",
-    "head",
-    "norms",
-]
-Kind = Literal["linear", "expert", "latent_up", "float", "tied_head"]
-
 _FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Equal parameters of one rank: `copies` matrices [out_features, in_features] that a format treats alike.
-
-    kind `linear`: any projection; `expert`: a routed expert's; `latent_up`: MLA's kv_b; `float`: always in the
-    dtype (embedding, router, norms: in_features 1); `tied_head`: no parameter, but int8 holds a copy.
-    """
-
-    part: Part
-    kind: Kind
-    out_features: int
-    in_features: int
-    copies: int = 1
-    bias: bool = False
-
-    @property
-    def parameters(self) -> int:
-        if self.kind == "tied_head":
-            return 0
-        return self.copies * self.out_features * (self.in_features + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +44,7 @@ class WeightBytes:
     shared_experts: int = 0
     attention_sharded: int = 0
     attention_replicated: int = 0
-    """MLA's q_a and kv_a (each rank holds them whole), and a Llama's k and v heads beyond one copy."""
+    """MLA's q_a and kv_a (each rank holds them whole), and k and v heads that several ranks hold."""
     dense: int = 0
     router: int = 0
     embedding: int = 0
@@ -94,11 +60,6 @@ class WeightBytes:
         return sum(int(getattr(self, f.name)) for f in fields(self))
 
 
-def heads_of_rank(heads: int, tp: int) -> int:
-    """Key/value heads that a rank holds: an equal share, or one (replicated) when there are fewer than ranks."""
-    return max(1, heads // tp)
-
-
 def matrices(config: ModelConfig, tp: int = 1) -> Iterator[Matrix]:
     """One rank's parameters. `tp` must divide what it shards (planner/validity.py says whether it does)."""
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -106,38 +67,10 @@ def matrices(config: ModelConfig, tp: int = 1) -> Iterator[Matrix]:
     yield Matrix("embedding", "float", config.vocab_size // tp, hidden)
     yield Matrix("head", "tied_head" if config.tie_word_embeddings else "linear", config.vocab_size // tp, hidden)
     yield Matrix("norms", "float", hidden * (2 * layers + 1), 1)
-    if config.mla is not None:
-        yield from _mla(config, config.mla, tp)
-    else:
-        yield from _gqa(config, tp)
+    yield from config.attention.matrices(hidden, layers, tp)
     yield from _mlp("dense", config, config.intermediate_size // tp, layers - moe_layers)
     if config.moe is not None:
         yield from _moe(config, config.moe, tp, moe_layers)
-
-
-def _gqa(config: ModelConfig, tp: int) -> Iterator[Matrix]:
-    hidden, layers, bias = config.hidden_size, config.num_hidden_layers, config.attention_bias
-    heads, kv_heads = config.num_attention_heads // tp, heads_of_rank(config.num_key_value_heads, tp)
-    kv_part: Part = "attention_sharded" if config.num_key_value_heads >= tp else "attention_replicated"
-    yield Matrix("attention_sharded", "linear", heads * config.head_dim, hidden, layers, bias)
-    yield Matrix(kv_part, "linear", kv_heads * config.head_dim, hidden, 2 * layers, bias)
-    yield Matrix("attention_sharded", "linear", hidden, heads * config.head_dim, layers, bias)
-
-
-def _mla(config: ModelConfig, mla: MLAConfig, tp: int) -> Iterator[Matrix]:
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads // tp
-    bias = config.attention_bias
-    q_input = hidden
-    if mla.q_lora_rank is not None:
-        yield Matrix("attention_replicated", "linear", mla.q_lora_rank, hidden, layers, bias)
-        yield Matrix("norms", "float", mla.q_lora_rank * layers, 1)
-        q_input = mla.q_lora_rank
-    yield Matrix("attention_sharded", "linear", heads * mla.qk_head_dim, q_input, layers)
-    yield Matrix("attention_replicated", "linear", mla.latent_dim, hidden, layers, bias)
-    yield Matrix("norms", "float", mla.kv_lora_rank * layers, 1)
-    kv_b_rows = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-    yield Matrix("attention_sharded", "latent_up", kv_b_rows, mla.kv_lora_rank, layers)
-    yield Matrix("attention_sharded", "linear", hidden, heads * mla.v_head_dim, layers, bias)
 
 
 def _mlp(part: Part, config: ModelConfig, width: int, copies: int, kind: Kind = "linear") -> Iterator[Matrix]:
@@ -218,10 +151,8 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def kv_values_per_token(config: ModelConfig, tp: int) -> int:
-    """Cache values of one token on one rank: MLA's latent is replicated, a Llama's heads are shared out."""
-    if config.mla is not None:
-        return config.kv_values_per_token
-    return config.num_hidden_layers * 2 * heads_of_rank(config.num_key_value_heads, tp) * config.head_dim
+    """Cache values of one token over all layers on one rank."""
+    return config.num_hidden_layers * config.attention.cache_values(tp)
 
 
 def kv_bytes_per_token(config: ModelConfig, tp: int, dtype: str) -> int:
@@ -236,20 +167,15 @@ def activation_bytes(config: ModelConfig, tp: int, *, tokens: int, rows: int, dt
     layer, standing in for what the allocator keeps of earlier layers. Of MLA only `rows` are compared in the latent
     space; what prompts expand of it is bounded by a constant (CUDA_WORKSPACE).
     """
-    heads = config.num_attention_heads // tp
-    latent = 0
-    if config.mla is not None:
-        attention = heads * (2 * config.mla.qk_head_dim + 2 * config.mla.v_head_dim)
-        latent = heads * 2 * config.mla.latent_dim
-    else:
-        attention = (2 * heads + 2 * heads_of_rank(config.num_key_value_heads, tp)) * config.head_dim
     mlp = 3 * config.intermediate_size // tp
     if config.moe is not None:
         width = config.moe.moe_intermediate_size // tp
         experts = config.moe.num_experts_per_tok * (2 * config.hidden_size + 3 * width)
         mlp = max(mlp, experts + 3 * config.moe.shared_intermediate_size // tp)
-    values = 4 * config.hidden_size + attention + mlp
-    return (tokens * values + rows * latent) * DTYPE_BYTES[dtype] + 3 * rows * config.vocab_size * 4
+    attention = config.attention
+    values = tokens * (4 * config.hidden_size + attention.activation_values(tp) + mlp)
+    values += rows * attention.latent_values(tp)
+    return values * DTYPE_BYTES[dtype] + 3 * rows * config.vocab_size * 4
 
 
 def cuda_reserve(config: ModelConfig, tp: int, batch: BatchLimits, *, dtype: str) -> int:

@@ -161,7 +161,7 @@ def _summary(source: ModelSource, device: Device, question: Question, asked: tup
         max_context=config.max_position_embeddings,
         quantization=None if source.quantization is None else source.quantization.method,
         kv_bytes_per_token=memory.kv_bytes_per_token(config, tp, question.kv_dtype(device)),
-        kv_replicated=config.mla is not None,
+        kv_replicated=config.attention.cache_replicated,
     )
 
 

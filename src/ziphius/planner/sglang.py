@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziphius.checkpoint.config import ModelConfig, YarnConfig
-from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, weight_bytes
+from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, matrices, weight_bytes
 
 # GPU memory below this many MiB -> (chunked prefill, graph batch, graph batch when tp >= 4).
 _TIERS = (
@@ -56,22 +56,17 @@ def loaded_bytes(config: ModelConfig, tp: int, weights_format: WeightsFormat) ->
     one table of rotary cosines and sines in float32.
     """
     weights = weight_bytes(config, tp, weights_format)
-    extra = 0
-    if config.mla is not None:
-        mla = config.mla
-        rows = config.num_attention_heads // tp * (mla.qk_nope_head_dim + mla.v_head_dim)
-        kv_b = config.num_hidden_layers * rows * mla.kv_lora_rank
-        extra += kv_b * (1 if weights_format in ("fp8", "int4") else 2)
+    kv_b = sum(m.parameters for m in matrices(config, tp) if m.kind == "latent_up")
+    extra = kv_b * (1 if weights_format in ("fp8", "int4") else 2)
     return weights.total + extra + rotary_table_bytes(config)
 
 
 def rotary_table_bytes(config: ModelConfig) -> int:
-    dim = config.mla.qk_rope_head_dim if config.mla is not None else config.head_dim
     positions = config.max_position_embeddings
     if isinstance(config.rope_scaling, YarnConfig):
         scaling = config.rope_scaling
         positions = int(scaling.original_max_position_embeddings * scaling.factor)
-    return positions * dim * 4
+    return positions * config.attention.rotary_dim * 4
 
 
 def kv_tokens(config: ModelConfig, tp: int, dtype: str, *, free_before: int, loaded: int, fraction: float) -> int:

@@ -100,7 +100,7 @@ def _undivided(config: ModelConfig, tp: int, engine: Engine) -> Iterator[TpFailu
             text = f"{label} {size:,} = {tp} x {size // tp:,} + {size % tp}"
             yield TpFailure(dimension, size, tp, size % tp, text)
     kv_heads = config.num_key_value_heads
-    if config.mla is None and kv_heads % tp and tp % kv_heads:
+    if not config.attention.shares_cache(tp):
         text = f"key/value heads {kv_heads} and {tp} ranks: neither divides the other"
         yield TpFailure("num_key_value_heads", kv_heads, tp, kv_heads % tp, text)
 
@@ -119,19 +119,7 @@ def _widths(config: ModelConfig) -> list[tuple[str, str, int]]:
 
 
 def _broken_blocks(config: ModelConfig, tp: int, weights_format: WeightsFormat) -> Iterator[TpFailure]:
-    sizes = _widths(config)
-    heads = config.num_attention_heads
-    if config.mla is not None:
-        mla = config.mla
-        sizes.append(("num_attention_heads x qk_head_dim", "query rows", heads * mla.qk_head_dim))
-        kv_b = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        sizes.append(("num_attention_heads x (qk_nope_head_dim + v_head_dim)", "latent rows", kv_b))
-        sizes.append(("num_attention_heads x v_head_dim", "attention output", heads * mla.v_head_dim))
-    else:
-        sizes.append(("num_attention_heads x head_dim", "query rows", heads * config.head_dim))
-        if config.num_key_value_heads >= tp:
-            name = "num_key_value_heads x head_dim"
-            sizes.append((name, "key/value rows", config.num_key_value_heads * config.head_dim))
+    sizes = [*_widths(config), *config.attention.sharded_dimensions(tp)]
     what = "int4 groups" if weights_format == "int4" else "fp8 blocks"
     for dimension, label, size in sizes:
         share = size // tp

@@ -11,14 +11,14 @@ from torch import Tensor
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.cuda import CudaBackend
 from ziphius.attention.torch_reference import TorchBackend
-from ziphius.checkpoint.config import MLAConfig, ModelConfig, MoEConfig, YarnConfig
+from ziphius.checkpoint.config import GroupedQueryAttention, LatentAttention, ModelConfig, MoEConfig, YarnConfig
 from ziphius.distributed import SINGLE
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.cuda_ops import CudaOps
 from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.layers.ops import TorchOps
 from ziphius.layers.quantization import DenseFormat
-from ziphius.models import deepseek_v2, llama
+from ziphius.models import deepseek_v2, llama, qwen
 from ziphius.models.dummy import fill_dummy
 
 PAGE = 4
@@ -28,28 +28,32 @@ V2 = ModelConfig(
     vocab_size=64,
     hidden_size=48,
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=24,
     intermediate_size=40,
     rms_norm_eps=1e-6,
     rope_theta=10000.0,
     rope_scaling=YarnConfig(40.0, 32, 32.0, 1.0, 0.707, 0.707),
     max_position_embeddings=1280,
     tie_word_embeddings=False,
-    attention_bias=False,
     mlp_bias=False,
     bos_token_id=1,
     eos_token_ids=(2,),
     torch_dtype="float32",
-    mla=MLAConfig(40, 32, 16, 8, 16),
+    attention=LatentAttention(4, 40, 32, 16, 8, 16),
     moe=MoEConfig(8, 3, 24, 2, 1, 1, "group_limited_greedy", 4, 2, False, 1.5),
 )
-V2_LITE = replace(V2, mla=replace(V2.mla, q_lora_rank=None), moe=replace(V2.moe, topk_method="greedy", n_group=1))
+V2_LITE = replace(
+    V2, attention=replace(V2.attention, q_lora_rank=None), moe=replace(V2.moe, topk_method="greedy", n_group=1)
+)
 LLAMA = replace(
-    V2, architecture="LlamaForCausalLM", model_type="llama", mla=None, moe=None, rope_scaling=None, head_dim=12,
-    num_key_value_heads=2,
+    V2, architecture="LlamaForCausalLM", model_type="llama", attention=GroupedQueryAttention(4, 2, 12), moe=None,
+    rope_scaling=None,
 )  # fmt: skip
+QWEN3 = replace(LLAMA, architecture="Qwen3ForCausalLM", attention=GroupedQueryAttention(4, 2, 20, qk_norm=True))
+CLASSES = {
+    "DeepseekV2ForCausalLM": deepseek_v2.DeepseekV2ForCausalLM,
+    "LlamaForCausalLM": llama.LlamaForCausalLM,
+    "Qwen3ForCausalLM": qwen.Qwen3ForCausalLM,
+}
 # (tokens in the cache before, tokens of this step) of each sequence, step by step; single tokens come first.
 STEPS = [
     [(0, 9), (0, 5)],
@@ -96,13 +100,13 @@ def run(model, attention, config: ModelConfig, device: torch.device, steps=STEPS
     return outs
 
 
-@pytest.mark.parametrize("config", [V2, V2_LITE, LLAMA], ids=["v2", "v2-lite", "llama"])
+@pytest.mark.parametrize("config", [V2, V2_LITE, LLAMA, QWEN3], ids=["v2", "v2-lite", "llama", "qwen3"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_logits(
     device: torch.device, config: ModelConfig, batch_invariant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = llama if config.mla is None else deepseek_v2
-    make = llama.LlamaForCausalLM if config.mla is None else deepseek_v2.DeepseekV2ForCausalLM
+    module = deepseek_v2 if config.moe else llama
+    make = CLASSES[config.architecture]
     monkeypatch.setattr(module, "make_ops", lambda *_: TorchOps())
     reference = make(config, SINGLE, DenseFormat(torch.float32), torch.float32, device)
     monkeypatch.setattr(module, "make_ops", lambda device, _: CudaOps(device, batch_invariant))
