@@ -13,6 +13,8 @@ from torch import Tensor
 from ziphius.distributed import SINGLE, ParallelState
 from ziphius.errors import ConfigError
 from ziphius.layers.context import LayerContext
+from ziphius.layers.dense import DenseFormat
+from ziphius.layers.int8 import Int8Format
 from ziphius.layers.layer import CheckpointTensor
 from ziphius.layers.linear import (
     ColumnParallelLinear,
@@ -25,7 +27,7 @@ from ziphius.layers.linear import (
 )
 from ziphius.layers.mlp import GatedMLP
 from ziphius.layers.ops import TorchOps
-from ziphius.layers.quantization import DenseFormat, Int8Format, LinearFormat
+from ziphius.layers.weights import LinearFormat
 
 CPU = torch.device("cpu")
 HIDDEN = 12

@@ -13,9 +13,11 @@ from ziphius.checkpoint.config import MoEConfig
 from ziphius.distributed import ParallelState
 from ziphius.kernels.routing_reference import select_experts
 from ziphius.layers.context import LayerContext
+from ziphius.layers.dense import DenseFormat
+from ziphius.layers.int8 import Int8Format
 from ziphius.layers.moe import RoutedExperts
 from ziphius.layers.ops import TorchOps
-from ziphius.layers.quantization import DenseFormat, Int8Format, LinearFormat
+from ziphius.layers.weights import LinearFormat
 
 GREEDY = MoEConfig(
     n_routed_experts=8,

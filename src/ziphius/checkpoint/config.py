@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ziphius.checkpoint.quantization import Quantization
 from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
 
 Architecture = Literal["LlamaForCausalLM", "DeepseekV2ForCausalLM"]
@@ -105,6 +106,8 @@ class ModelConfig:
     torch_dtype: str
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
+    quantization: Quantization | None = None
+    """How the checkpoint's weights are quantized already; None: they are floats."""
 
     def is_moe_layer(self, layer_id: int) -> bool:
         moe = self.moe
@@ -134,7 +137,7 @@ class ModelConfig:
             raise ModelError(f"{path} is not valid JSON: {e}") from e
         if not isinstance(data, dict):
             raise ModelError(f"{path} must hold a JSON object, not {type(data).__name__}")
-        return cls.from_hf(data)
+        return replace(cls.from_hf(data), quantization=Quantization.from_hf(data))
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:

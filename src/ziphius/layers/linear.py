@@ -1,4 +1,4 @@
-"""Linear layers and the vocabulary's two ends: which rank keeps which part; formats are quantization's."""
+"""Linear layers and the vocabulary's two ends: which part of a matrix each rank keeps, whatever its format."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ziphius.errors import ConfigError
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer, Shard
-from ziphius.layers.norm import RMSNorm
-from ziphius.layers.quantization import MatrixPart
+from ziphius.layers.weights import MatrixPart, Norm
 
 
 class Linear(Layer):
@@ -29,7 +29,7 @@ class Linear(Layer):
         y = self.weight(x)
         return y if self.bias is None else y.add_(self.bias)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def after_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """self(norm(x))."""
         y = self.weight.after_norm(x, norm)
         return y if self.bias is None else y.add_(self.bias)
@@ -59,7 +59,7 @@ class MergedColumnParallelLinear(Linear):
     """Each of the merged matrices gives every rank an equal share of its outputs."""
 
     def __init__(self, in_features: int, outs: Sequence[int], context: LayerContext, *, bias: bool = False) -> None:
-        cuts = [(out, _equal_share(out, 0, context, "output size")) for out in outs]
+        cuts = [(out, _output_share(out, context)) for out in outs]
         super().__init__(_stack(cuts, in_features), in_features, bias, context)
 
 
@@ -74,7 +74,7 @@ class PartlyParallelLinear(Linear):
     """Every rank has an equal share of the first matrix's outputs, and the others whole."""
 
     def __init__(self, in_features: int, parallel_out: int, outs: Sequence[int], context: LayerContext) -> None:
-        first = (parallel_out, _equal_share(parallel_out, 0, context, "output size"))
+        first = (parallel_out, _output_share(parallel_out, context))
         cuts = [first, *((out, None) for out in outs)]
         super().__init__(_stack(cuts, in_features), in_features, False, context)
 
@@ -92,6 +92,9 @@ class QKVParallelLinear(Linear):
         first_kv_head = parallel.rank * kv_heads // parallel.size
         q = Shard(0, parallel.rank * self.heads * head_dim, self.heads * head_dim)
         kv = Shard(0, first_kv_head * head_dim, self.kv_heads * head_dim)
+        block = context.linear_format.block
+        require_whole_blocks("num_attention_heads x head_dim", heads * head_dim, q, block)
+        require_whole_blocks("num_key_value_heads x head_dim", kv_heads * head_dim, kv, block)
         cuts = [(heads * head_dim, q), (kv_heads * head_dim, kv), (kv_heads * head_dim, kv)]
         super().__init__(_stack(cuts, hidden), hidden, bias, context)
 
@@ -122,7 +125,8 @@ class RowParallelLinear(Linear):
         """`reduce` False leaves the sum to the caller (who then must not have a bias)."""
         if bias and not reduce:
             raise ValueError("a bias may be added only after the sum over ranks")
-        share = _equal_share(in_features, 1, context, "input size")
+        share = equal_share(in_features, 1, context, "input size")
+        require_whole_blocks("input size", in_features, share, context.linear_format.block)
         part = MatrixPart((out_features, in_features), share, 0)
         super().__init__([part], share.length, bias, context)
         self._reduce = reduce
@@ -146,7 +150,7 @@ class VocabParallelEmbedding(Layer):
     def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext) -> None:
         self._context = context
         self._shape = (vocab_size, hidden_size)
-        self.shard = _equal_share(vocab_size, 0, context, "vocab_size")
+        self.shard = equal_share(vocab_size, 0, context, "vocab_size")
         self.weight = torch.empty((self.shard.length, hidden_size), dtype=context.dtype, device=context.device)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -173,7 +177,7 @@ class ParallelLMHead(Layer):
         self._context = context
         rows, columns = embedding.weight.shape
         shared = context.linear_format.tied(embedding.weight) if tied else None
-        self.weight = shared or context.linear_format.linear(rows, columns, context.device)
+        self.weight = shared or context.linear_format.head(rows, columns, context.device)
         self._reads_checkpoint = shared is None
         vocab = rows * context.parallel.size
         self._part = MatrixPart((vocab, columns), embedding.shard, 0)
@@ -189,9 +193,30 @@ class ParallelLMHead(Layer):
             yield from self.weight.checkpoint_tensors(name, self._part)
 
 
-def _equal_share(total: int, dim: int, context: LayerContext, what: str) -> Shard:
+def equal_share(total: int, dim: int, context: LayerContext, what: str) -> Shard:
+    """This rank's share of `total` along dimension `dim`. ConfigError names `what` when the ranks do not divide it."""
     length = context.parallel.shard(total, what)
     return Shard(dim, context.parallel.rank * length, length)
+
+
+def require_whole_blocks(what: str, total: int, share: Shard, block: tuple[int, int]) -> None:
+    """ConfigError when `share` cuts a block of [out, in] weights that have one scale; it names `what`.
+
+    The whole dimension cuts none: its last block may be shorter.
+    """
+    side = block[share.dim]
+    if share.length != total and share.length % side:
+        raise ConfigError(
+            f"{what} {total}: a rank's share of {share.length} is not a multiple of {side}, the block of the weights "
+            f"format along the {'output' if share.dim == 0 else 'input'}",
+            param="tp",
+        )
+
+
+def _output_share(out: int, context: LayerContext) -> Shard:
+    share = equal_share(out, 0, context, "output size")
+    require_whole_blocks("output size", out, share, context.linear_format.block)
+    return share
 
 
 def _stack(cuts: Sequence[tuple[int, Shard | None]], in_features: int) -> list[MatrixPart]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer
 from ziphius.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from ziphius.layers.norm import RMSNorm
+from ziphius.layers.weights import Norm
 
 
 class GatedMLP(Layer):
@@ -31,7 +31,7 @@ class GatedMLP(Layer):
         """silu(gate(x)) * up(x): [T, hidden] -> [T, width of this rank]."""
         return self._ops.silu_and_mul(self.gate_up_proj(x))
 
-    def onto(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def onto(self, x: Tensor, norm: Norm) -> Tensor:
         """x + self(norm(x))."""
         return self.down_proj.onto(self._ops.silu_and_mul(self.gate_up_proj.after_norm(x, norm)), x)
 

@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual addition in front of it; the bodies are in ops."""
+"""RMSNorm, with the residual addition in front of it. Its bodies are in ops."""
 
 from __future__ import annotations
 

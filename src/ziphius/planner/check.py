@@ -6,13 +6,13 @@ from typing import cast
 
 from ziphius.config import ServeConfig
 from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
+from ziphius.formats import Device, resolve_formats
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, times
-from ziphius.planner.memory import WeightsFormat
-from ziphius.planner.plan import Candidate, Device, Plan, PlanRequest
-from ziphius.planner.planner import FORMATS, build_plan
+from ziphius.planner.plan import Candidate, Plan, PlanRequest
+from ziphius.planner.planner import build_plan
 from ziphius.planner.software import torch_build
-from ziphius.planner.validity import Engine, format_of_dtype, require_deterministic, require_tp
+from ziphius.planner.validity import Engine, require_deterministic, require_tp
 
 
 def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_cuda: bool | None = None) -> Plan:
@@ -30,7 +30,7 @@ def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_c
     request = request_of(config, host, source, torch_cuda)
     if config.deterministic and config.engine == "native":
         device = request.device or "cpu"
-        dtype, weights_format = formats_of(config, device)
+        dtype, weights_format = resolve_formats(device, config.dtype, config.weights_format)
         require_deterministic(device, dtype, weights_format)
     require_tp(source.config, config.tp, request.weights_format or "bf16", request.engine or "native")
     plan = build_plan(source, times(host, config.nnodes), request)
@@ -50,12 +50,13 @@ def request_of(config: ServeConfig, host: Host, source: ModelSource, torch_cuda:
             torch_cuda = build is not None and build.cuda is not None
         device = "cuda" if torch_cuda else "cpu"
     engine = cast(Engine, config.engine)
-    dtype, weights_format = formats_of(config, device)
+    dtype, weights_format = resolve_formats(device, config.dtype, config.weights_format)
     if engine == "sglang" and config.dtype == "auto" and device == "cpu":
         # It computes in the checkpoint's type on a CPU too.
         dtype, weights_format = "bfloat16", weights_format if config.weights_format != "auto" else "bf16"
-    if source.quantization is not None and config.weights_format == "auto":
-        weights_format = source.quantization.weights_format
+    stored = source.config.quantization
+    if stored is not None and stored.weights_format is not None and config.weights_format == "auto":
+        weights_format = stored.weights_format
     return PlanRequest(
         device=device,
         engine=engine,
@@ -69,22 +70,6 @@ def request_of(config: ServeConfig, host: Host, source: ModelSource, torch_cuda:
         page_size=config.page_size,
         chunked_prefill_size=config.chunked_prefill_size,
     )
-
-
-def formats_of(config: ServeConfig, device: Device) -> tuple[str, WeightsFormat]:
-    """(dtype, weights format), by the rule of engine/precision.py, which a test holds equal to this one.
-
-    On a CPU dtype is float32, and weights are int8 only where neither was asked for; on a GPU dtype is
-    bfloat16, and weights are held in it.
-    """
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if config.weights_format != "auto":
-        return dtype, cast(WeightsFormat, config.weights_format)
-    if device == "cpu" and config.dtype == "auto":
-        return dtype, FORMATS["cpu"][0]
-    return dtype, format_of_dtype(dtype)
 
 
 def refusal(plan: Plan) -> DoesNotFit:

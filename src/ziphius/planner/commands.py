@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from ziphius.formats import resolve_formats
 from ziphius.planner.evaluate import Question
 from ziphius.planner.plan import Candidate, PlanRequest
 
@@ -53,8 +54,8 @@ def _ziphius_start(question: Question, candidate: Candidate) -> list[str]:
         words += ["--tp", str(candidate.tp)]
     if request.dtype is not None:
         words += ["--dtype", request.dtype]
-    default = "bf16" if candidate.device == "cuda" else "int8"
-    if question.source.quantization is None and (candidate.weights_format != default or request.dtype is not None):
+    _, default = resolve_formats(candidate.device, "auto", "auto")
+    if question.config.quantization is None and (candidate.weights_format != default or request.dtype is not None):
         words += ["--weights-format", candidate.weights_format]
     words += _context(question, candidate)
     fraction = request.mem_fraction if candidate.engine == "native" else candidate.mem_fraction

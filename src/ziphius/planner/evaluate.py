@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import DoesNotFit
+from ziphius.formats import FORMATS, Device, WeightsFormat, resolve_formats
 from ziphius.planner import memory, sglang
 from ziphius.planner.abilities import Abilities, not_yet
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Gpu, Host, card_of, usable_bytes, with_more_gpus
-from ziphius.planner.memory import GIB, BatchLimits, PoolLimits, WeightsFormat, gib
-from ziphius.planner.plan import Candidate, Device, PlanRequest, Verdict
+from ziphius.planner.memory import GIB, BatchLimits, PoolLimits, gib
+from ziphius.planner.plan import Candidate, PlanRequest, Verdict
 from ziphius.planner.roofline import roofline
 from ziphius.planner.validity import Engine, TpFailure, block_failures, tp_failures
 
@@ -37,19 +38,19 @@ class Question:
         return self.source.config
 
     def kv_dtype(self, device: Device) -> str:
-        return self.request.dtype or ("bfloat16" if device == "cuda" else "float32")
+        return self.request.dtype or resolve_formats(device, "auto", "auto")[0]
 
 
 def evaluate(question: Question, device: Device, engine: Engine, tp: int, weights_format: WeightsFormat) -> Candidate:
     """The verdict on one candidate. With more ranks than GPUs it is for the machine with as many as needed."""
     config = question.config
-    able = not_yet(question.able, engine, device, weights_format, question.source)
+    able = not_yet(question.able, engine, device, weights_format, question.config.quantization)
     failures = _failures(question, engine, tp, weights_format)
     empty = Candidate(engine=engine, tp=tp, weights_format=weights_format, device=device, verdict="invalid",
                       reason="; ".join(f.message for f in failures), failures=failures, not_yet=able)  # fmt: skip
     if failures:
         return empty
-    contradiction = _contradiction(question.source, weights_format)
+    contradiction = _contradiction(question.config, weights_format)
     if contradiction:
         return replace(empty, verdict="unsupported", reason=contradiction)
     dtype = question.kv_dtype(device)
@@ -79,19 +80,19 @@ def evaluate(question: Question, device: Device, engine: Engine, tp: int, weight
 
 def _failures(question: Question, engine: Engine, tp: int, weights_format: WeightsFormat) -> tuple[TpFailure, ...]:
     failures = tp_failures(question.config, tp, weights_format, engine)
-    stored = question.source.quantization
+    stored = question.config.quantization
     if not failures and engine == "sglang" and stored is not None and stored.blocks:
         return block_failures(question.config, tp)
     return failures
 
 
-def _contradiction(source: ModelSource, weights_format: WeightsFormat) -> str | None:
+def _contradiction(config: ModelConfig, weights_format: WeightsFormat) -> str | None:
     """Why this model cannot be in that format on any machine."""
-    stored = source.quantization
+    stored = config.quantization
     if stored is not None and weights_format != stored.weights_format:
         return f"the checkpoint is in {stored.weights_format} already"
-    if weights_format == "int4" and source.config.moe is None:
-        return "int4 is for routed experts, and this model has none"
+    if FORMATS[weights_format].beside_experts is not None and config.moe is None:
+        return f"{weights_format} is for routed experts, and this model has none"
     return None
 
 
@@ -187,7 +188,7 @@ def _sglang(question: Question, known: Candidate, gpus: tuple[Gpu, ...]) -> Cand
                        reason="SGLang 0.5.16 stops while loading DeepSeek-V2 in int4 (AWQ)")  # fmt: skip
     loaded = sglang.loaded_bytes(config, tp, weights_format)
     known = replace(known, loaded_bytes=loaded)
-    online = weights_format == "fp8" and question.source.quantization is None
+    online = weights_format == "fp8" and question.config.quantization is None
     peak = sglang.loaded_bytes(config, tp, "bf16") if online else loaded
     if peak > free and online:
         reason = f"SGLang quantizes after loading: {gib(peak)} in bf16 first, {gib(free)} are free; an fp8 checkpoint"

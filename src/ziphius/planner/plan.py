@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ziphius.formats import Device, WeightsFormat
 from ziphius.planner.hardware import Host
-from ziphius.planner.memory import WeightBytes, WeightsFormat
+from ziphius.planner.memory import WeightBytes
 from ziphius.planner.roofline import Roofline
 from ziphius.planner.validity import Engine, TpFailure
 
-Device = Literal["cuda", "cpu"]
 Verdict = Literal["fits", "short", "too_big", "invalid", "unsupported"]
 """fits: at least one request of the context length. short: only with a shorter context. too_big: not even that.
 invalid: the size does not divide the model. unsupported: this engine or this hardware cannot do it."""

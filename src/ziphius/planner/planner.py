@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ziphius.errors import ConfigError
+from ziphius.formats import FORMATS, Device, WeightsFormat, planned_formats
 from ziphius.planner import memory
 from ziphius.planner.abilities import Abilities, abilities
 from ziphius.planner.alternatives import alternatives_for
@@ -12,15 +13,12 @@ from ziphius.planner.commands import command_for, shortened
 from ziphius.planner.evaluate import Question, evaluate
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host
-from ziphius.planner.memory import WeightsFormat, gib
-from ziphius.planner.plan import Candidate, Device, ModelSummary, Plan, PlanRequest, Recommendation
+from ziphius.planner.memory import gib
+from ziphius.planner.plan import Candidate, ModelSummary, Plan, PlanRequest, Recommendation
 from ziphius.planner.roofline import active_parameters
 from ziphius.planner.validity import Engine, valid_tp_sizes
 
 TP_SIZES = (1, 2, 3, 4, 5, 6, 8, 16)
-# In the order in which they are recommended: on a GPU as little loss as fits, on a CPU what is fastest there.
-FORMATS: dict[Device, tuple[WeightsFormat, ...]] = {"cuda": ("bf16", "fp8", "int4"), "cpu": ("int8", "bf16", "fp32")}
-SGLANG_FORMATS = ("bf16", "fp16", "fp32", "fp8", "int4")
 
 
 def build_plan(source: ModelSource, host: Host, request: PlanRequest, able: Abilities | None = None) -> Plan:
@@ -84,15 +82,17 @@ def _cells(
     for tp in sorted(sizes):
         for engine in engines:
             for weights_format in formats:
-                if engine == "native" or weights_format in SGLANG_FORMATS:
+                if engine == "native" or FORMATS[weights_format].sglang:
                     yield engine, tp, weights_format
 
 
 def _formats(source: ModelSource, device: Device) -> tuple[WeightsFormat, ...]:
     """Those worth telling: a checkpoint that is quantized already has one; without experts there is no int4."""
-    if source.quantization is not None:
-        return (source.quantization.weights_format,)
-    return tuple(f for f in FORMATS[device] if f != "int4" or source.config.moe is not None)
+    stored = source.config.quantization
+    if stored is not None and stored.weights_format is not None:
+        return (stored.weights_format,)
+    has_experts = source.config.moe is not None
+    return tuple(f for f in planned_formats(device) if has_experts or FORMATS[f].beside_experts is None)
 
 
 def _is_asked(candidate: Candidate, request: PlanRequest) -> bool:
@@ -108,7 +108,7 @@ def _counts(candidate: Candidate, request: PlanRequest) -> bool:
 
 def _rank(candidate: Candidate, device: Device) -> tuple[int, ...]:
     """Least is best: the whole context, little loss, our own engine, few GPUs."""
-    formats = ("fp32", "fp16", *FORMATS[device]) if device == "cuda" else FORMATS[device]
+    formats = planned_formats(device)  # more than one format is compared only where these are
     return (
         ("fits", "short", "too_big", "unsupported", "invalid").index(candidate.verdict),
         formats.index(candidate.weights_format) if candidate.weights_format in formats else len(formats),
@@ -148,7 +148,7 @@ def _recommendation(question: Question, best: Candidate) -> Recommendation:
 
 
 def _summary(source: ModelSource, device: Device, question: Question, asked: tuple[Candidate, ...]) -> ModelSummary:
-    config = source.config
+    config, stored = source.config, source.config.quantization
     tp = min((c.tp for c in asked if not c.failures), default=1)
     return ModelSummary(
         name=source.name,
@@ -159,18 +159,18 @@ def _summary(source: ModelSource, device: Device, question: Question, asked: tup
         active_parameters=active_parameters(config),
         layers=config.num_hidden_layers,
         max_context=config.max_position_embeddings,
-        quantization=None if source.quantization is None else source.quantization.method,
+        quantization=None if stored is None else stored.method,
         kv_bytes_per_token=memory.kv_bytes_per_token(config, tp, question.kv_dtype(device)),
         kv_replicated=config.mla is not None,
     )
 
 
 def _notes(question: Question, asked: tuple[Candidate, ...], device: Device) -> Iterable[str]:
-    source, host = question.source, question.host
+    source, host, stored = question.source, question.host, question.config.quantization
     if not source.has_weights and source.origin in ("folder", "config.json"):
         yield "there are no weights beside this config: a plan needs none, the command does"
-    if source.quantization is not None:
-        yield f"this checkpoint is quantized already ({source.quantization.method})"
+    if stored is not None:
+        yield f"this checkpoint is quantized already ({stored.method})"
     if device == "cpu" and host.gpu_error:
         yield f"a GPU driver is here but could not be asked: {host.gpu_error}"
     if device == "cpu":

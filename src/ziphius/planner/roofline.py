@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziphius.checkpoint.config import ModelConfig
+from ziphius.formats import FORMATS, WeightsFormat
 from ziphius.planner.hardware import Card
-from ziphius.planner.memory import WeightsFormat, default_float_bytes, kv_bytes_per_token, matrices, matrix_bytes
+from ziphius.planner.memory import kv_bytes_per_token, matrices, matrix_bytes
 
 BATCHES = (1, 8, 32, 128)
 CONTEXT_TOKENS = 1024
@@ -84,7 +85,7 @@ def decode_bytes(
 
     Of the embedding only the batch's rows.
     """
-    float_bytes = default_float_bytes(weights_format)
+    float_bytes = FORMATS[weights_format].usual_float_bytes
     total = batch * config.hidden_size * float_bytes
     for matrix in matrices(config, tp):
         if matrix.part == "embedding":

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziphius.checkpoint.config import ModelConfig, YarnConfig
-from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, weight_bytes
+from ziphius.formats import FORMATS, WeightsFormat
+from ziphius.planner.memory import kv_bytes_per_token, weight_bytes
 
 # GPU memory below this many MiB -> (chunked prefill, graph batch, graph batch when tp >= 4).
 _TIERS = (
@@ -61,7 +62,8 @@ def loaded_bytes(config: ModelConfig, tp: int, weights_format: WeightsFormat) ->
         mla = config.mla
         rows = config.num_attention_heads // tp * (mla.qk_nope_head_dim + mla.v_head_dim)
         kv_b = config.num_hidden_layers * rows * mla.kv_lora_rank
-        extra += kv_b * (1 if weights_format in ("fp8", "int4") else 2)
+        stored = FORMATS[weights_format].of("latent_up")
+        extra += kv_b * (2 if stored is None else stored.bits // 8)
     return weights.total + extra + rotary_table_bytes(config)
 
 

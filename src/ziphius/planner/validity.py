@@ -8,20 +8,12 @@ from typing import Literal
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import ConfigError
-from ziphius.planner.memory import GROUP, WeightsFormat
+from ziphius.formats import FORMATS, Use, WeightsFormat, format_of_dtype
 
 Engine = Literal["native", "sglang"]
 SGLANG_VOCAB_PADDING = 64
 """SGLang pads the vocabulary to a multiple of this before it is shared out."""
 LARGEST_TP = 128
-
-
-_FORMAT_OF_DTYPE: dict[str, WeightsFormat] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def format_of_dtype(dtype: str) -> WeightsFormat:
-    """Weights held in the type of the activations."""
-    return _FORMAT_OF_DTYPE[dtype]
 
 
 def require_deterministic(device: str, dtype: str, weights_format: WeightsFormat) -> None:
@@ -44,7 +36,7 @@ class TpFailure:
     """Its name in config.json; several joined with ` x ` for a product."""
     size: int
     divisor: int
-    """tp, or 128 where the share of a rank must be a multiple of the block."""
+    """tp, or the side of a block where the share of a rank must be whole blocks."""
     remainder: int
     message: str
 
@@ -59,7 +51,7 @@ def tp_failures(config: ModelConfig, tp: int, weights_format: WeightsFormat, eng
     if tp == 1:
         return ()
     failures = list(_undivided(config, tp, engine))
-    if not failures and weights_format in ("fp8", "int4") and engine == "native":
+    if not failures and FORMATS[weights_format].block != (1, 1) and engine == "native":
         failures = list(_broken_blocks(config, tp, weights_format))
     return tuple(failures)
 
@@ -132,10 +124,13 @@ def _broken_blocks(config: ModelConfig, tp: int, weights_format: WeightsFormat) 
         if config.num_key_value_heads >= tp:
             name = "num_key_value_heads x head_dim"
             sizes.append((name, "key/value rows", config.num_key_value_heads * config.head_dim))
-    what = "int4 groups" if weights_format == "int4" else "fp8 blocks"
     for dimension, label, size in sizes:
-        share = size // tp
-        if share % GROUP:
-            blocks = what if label == "expert width" else "fp8 blocks"
-            text = f"{label} {size:,} / {tp} = {share:,} = {share // GROUP} x {GROUP} + {share % GROUP} ({blocks})"
-            yield TpFailure(dimension, size, GROUP, share % GROUP, text)
+        use: Use = "expert" if label == "expert width" else "linear"
+        stored = FORMATS[weights_format].of(use)
+        if stored is None or stored.scales is None:
+            continue
+        share, side = size // tp, max(stored.block)
+        if share % side:
+            sum_ = f"{share // side} x {side} + {share % side}"
+            text = f"{label} {size:,} / {tp} = {share:,} = {sum_} ({stored.scales.unit})"
+            yield TpFailure(dimension, size, side, share % side, text)
