@@ -1,4 +1,4 @@
-"""In which types a model is computed, cached and held: --device, --dtype and --weights-format made definite."""
+"""Precision: the device and the types that --device, --dtype and --weights-format mean on this machine."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ziphius.layers.weights import LinearFormat
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """Handed from the model down to each layer."""
+    """A model hands it to each of its layers."""
 
     parallel: ParallelState
     linear_format: LinearFormat

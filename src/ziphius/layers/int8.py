@@ -16,9 +16,9 @@ _INT8_STD = ((255**2 - 1) / 12) ** 0.5
 
 
 class Int8Weight(LinearWeight):
-    """Symmetric int8 with one float32 scale an output channel; activations are quantized per token as they come.
+    """Symmetric int8 with one float32 scale for each output channel. Activations are quantized when they come.
 
-    Per token (by groups of its inputs), never per tensor: an answer must not depend on what else is in the batch.
+    Scales are per token (by groups of its inputs), never per tensor: an answer must not depend on its batch.
     """
 
     def __init__(self, out_features: int, in_features: int, device: torch.device) -> None:
@@ -76,7 +76,7 @@ def quantize_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _store_int8(rows: Tensor, weight: Tensor, scale: Tensor) -> None:
-    """Quantize `rows` into the first rows of `weight` and `scale`, by blocks that need little memory."""
+    """Quantize `rows` into the first rows of `weight` and `scale`, in blocks, which keeps the memory needed small."""
     for start in range(0, rows.shape[0], ROWS_AT_ONCE):
         block = rows[start : start + ROWS_AT_ONCE]
         quantized, block_scale = quantize_int8(block)
@@ -85,7 +85,7 @@ def _store_int8(rows: Tensor, weight: Tensor, scale: Tensor) -> None:
 
 
 def random_int8(weight: Tensor, scale: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fill int8 `weight` evenly, and `scale` so that the values it stands for have standard deviation `std`."""
+    """Fill int8 `weight` evenly, and `scale` so that their product has standard deviation `std`."""
     weight.random_(-127, 128, generator=generator)
     scale.fill_(std / _INT8_STD)
 

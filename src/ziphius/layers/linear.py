@@ -49,7 +49,7 @@ class Linear(Layer):
 
 
 class ReplicatedLinear(Linear):
-    """Whole on every rank; several outputs are merged into one product."""
+    """Every rank has the whole matrix. Several outputs are merged into one product."""
 
     def __init__(self, in_features: int, outs: Sequence[int], context: LayerContext, *, bias: bool = False) -> None:
         super().__init__(_stack([(out, None) for out in outs], in_features), in_features, bias, context)
@@ -71,7 +71,7 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
 
 class PartlyParallelLinear(Linear):
-    """Every rank has an equal share of the first matrix's outputs, and the others whole."""
+    """Every rank has an equal share of the first matrix's outputs, and all of the others."""
 
     def __init__(self, in_features: int, parallel_out: int, outs: Sequence[int], context: LayerContext) -> None:
         first = (parallel_out, _output_share(parallel_out, context))
@@ -80,7 +80,7 @@ class PartlyParallelLinear(Linear):
 
 
 class QKVParallelLinear(Linear):
-    """q, k and v in one product, cut by heads; a KV head is replicated where there are more ranks than KV heads."""
+    """q, k and v in one product. Ranks share the heads; with more ranks than KV heads these are replicated."""
 
     def __init__(
         self, hidden: int, heads: int, kv_heads: int, head_dim: int, context: LayerContext, *, bias: bool = False
@@ -99,7 +99,7 @@ class QKVParallelLinear(Linear):
         super().__init__(_stack(cuts, hidden), hidden, bias, context)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, out] -> views qk [T, heads + kv_heads, D], which are rotated together, and v [T, kv_heads, D]."""
+        """[T, out] -> views qk [T, heads + kv_heads, D], to be rotated together, and v [T, kv_heads, D]."""
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         qk, v = heads.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=1)
         return qk, v
@@ -122,7 +122,7 @@ class RowParallelLinear(Linear):
         bias: bool = False,
         reduce: bool = True,
     ) -> None:
-        """`reduce` False leaves the sum to the caller (who then must not have a bias)."""
+        """`reduce` False leaves the sum over ranks to the caller; a bias is then not possible."""
         if bias and not reduce:
             raise ValueError("a bias may be added only after the sum over ranks")
         share = equal_share(in_features, 1, context, "input size")
@@ -145,7 +145,7 @@ class RowParallelLinear(Linear):
 
 
 class VocabParallelEmbedding(Layer):
-    """Token ids to rows; every rank has an equal share of the vocabulary."""
+    """Turns token ids into rows. Every rank has an equal share of the vocabulary."""
 
     def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext) -> None:
         self._context = context
@@ -167,10 +167,10 @@ class VocabParallelEmbedding(Layer):
 
 
 class ParallelLMHead(Layer):
-    """Hidden rows to logits; every rank has an equal share of the vocabulary, the shares are gathered.
+    """Turns hidden rows into logits. Every rank computes an equal share of the vocabulary, and then gathers them all.
 
-    Tied to an embedding it shares the embedding's memory where the format allows, and keeps a copy in its own
-    format otherwise.
+    A head that is tied to an embedding shares the embedding's memory where the format allows it; otherwise it keeps
+    a copy in its own format.
     """
 
     def __init__(self, embedding: VocabParallelEmbedding, tied: bool, context: LayerContext) -> None:
@@ -188,7 +188,7 @@ class ParallelLMHead(Layer):
         return logits.float() if out is None else out.copy_(logits)
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
-        """`name`: the head's, or the embedding's when tied."""
+        """`name` is the head's, or the embedding's where the two are tied."""
         if self._reads_checkpoint:
             yield from self.weight.checkpoint_tensors(name, self._part)
 
@@ -220,7 +220,7 @@ def _output_share(out: int, context: LayerContext) -> Shard:
 
 
 def _stack(cuts: Sequence[tuple[int, Shard | None]], in_features: int) -> list[MatrixPart]:
-    """Matrices [out, in_features] below one another, each with what this rank keeps of it."""
+    """The parts of a weight in which matrices [out, in_features] follow one another, each with this rank's share."""
     parts: list[MatrixPart] = []
     start = 0
     for out, shard in cuts:

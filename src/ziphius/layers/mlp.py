@@ -1,4 +1,4 @@
-"""GatedMLP: the SwiGLU of a dense layer or of the shared experts."""
+"""GatedMLP: the SwiGLU of a dense layer or of shared experts (arXiv:2002.05202)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ziphius.layers.weights import Norm
 
 
 class GatedMLP(Layer):
-    """down(silu(gate(x)) * up(x)); each rank has an equal share of the width."""
+    """down(silu(gate(x)) * up(x)). Each rank has an equal share of the width."""
 
     def __init__(
         self, hidden_size: int, width: int, context: LayerContext, *, bias: bool = False, reduce: bool = True

@@ -20,7 +20,7 @@ from ziphius.layers.weights import MatrixPart, MixtureWeights, Norm
 
 
 class RoutedExperts(Layer):
-    """Every expert's SwiGLU, stacked; each rank has an equal share of each expert's width."""
+    """The SwiGLU of every expert. Each rank has an equal share of each expert's width."""
 
     def __init__(self, hidden_size: int, moe: MoEConfig, context: LayerContext) -> None:
         width = moe.moe_intermediate_size
@@ -43,8 +43,8 @@ class RoutedExperts(Layer):
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """x [T, hidden], weights and ids [T, k] -> this rank's part of the weighted sum [T, hidden].
 
-        Tokens are sorted by expert; only experts that are hit are computed. The sum over a token's experts runs in
-        the order of their ids, whatever else is in the batch.
+        Tokens are sorted by expert, and only experts that some token takes are computed. A token's experts are summed
+        in the order of their ids, whatever else is in the batch.
         """
         top_k = ids.shape[1]
         order = ids.flatten().argsort(stable=True)
@@ -61,7 +61,7 @@ class RoutedExperts(Layer):
         return out.to(x.dtype)
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
-        """`name`: of the list of experts."""
+        """`name` is that of the list of experts."""
         for expert in range(self._experts):
             yield from self.gate_up.checkpoint_tensors(f"{name}.{expert}.gate_proj", expert, self._gate)
             yield from self.gate_up.checkpoint_tensors(f"{name}.{expert}.up_proj", expert, self._up)

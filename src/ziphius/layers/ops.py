@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LayerOps(Protocol):
-    """Bodies may reuse their inputs' memory where the docstring says so. T tokens, D a head's size."""
+    """The small operations of a device. An input is overwritten only where that is said. T tokens, D a head's size."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""

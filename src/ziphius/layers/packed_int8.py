@@ -82,7 +82,7 @@ def make_format(row: Format, device: torch.device, batch_invariant: bool) -> Lin
 
 
 def _without_padding(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """As many bytes as Int8Weight holds: the planner counts those, not what fills up the last tile."""
+    """Views of as many bytes as Int8Weight holds: the planner does not count what fills the last tile."""
     size = packed.out_features * packed.in_features
     return packed.data.view(-1)[:size], packed.scale[: packed.out_features]
 

@@ -17,7 +17,7 @@ def make_linear_format(
 ) -> LinearFormat:
     """The format for --weights-format `name`: fp32, bf16, fp16, int8, auto (int8 on a CPU, else `dtype`) or dtype.
 
-    `batch_invariant`: no result may depend, bit for bit, on what else is in the batch. ConfigError for a format that
+    `batch_invariant`: no bit of a result may depend on what else is in the batch. ConfigError for a format that
     the native engine does not have.
     """
     if name == "auto":
@@ -42,12 +42,12 @@ def _body(row: Format, device: torch.device) -> str | None:
 
 
 def has_gpu_kernels() -> bool:
-    """Whether there is a GPU, and Triton to compile for it: torch for CUDA brings it along on Linux."""
+    """Whether there is a GPU, and Triton to compile kernels for it. On Linux, torch for CUDA installs Triton too."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def make_ops(device: torch.device, batch_invariant: bool = False) -> LayerOps:
-    """The fastest bodies there are for `device`; see make_linear_format for `batch_invariant`."""
+    """The fastest bodies for `device`. See make_linear_format for `batch_invariant`."""
     if device.type == "cuda" and has_gpu_kernels():
         from ziphius.layers.cuda_ops import CudaOps
 

@@ -35,7 +35,7 @@ class Norm(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MatrixPart:
-    """A matrix of the checkpoint that becomes rows of a weight: merged projections have several parts."""
+    """A matrix of the checkpoint that becomes rows of a weight. Merged projections have several parts."""
 
     shape: tuple[int, int]
     """[out, in] of the whole matrix in the checkpoint."""
@@ -62,11 +62,11 @@ class LinearWeight(Layer, ABC):
         """x [T, in] -> [T, out], in x's type."""
 
     def after_norm(self, x: Tensor, norm: Norm) -> Tensor:
-        """self(norm(x)); a format that can do both at once does."""
+        """self(norm(x)). A format may do both in one kernel."""
         return self(norm(x))
 
     def onto(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + self(x), [T, out]; `residual` may be overwritten. A format that can do both at once does."""
+        """residual + self(x), [T, out]; `residual` may be overwritten. A format may do both in one kernel."""
         return residual + self(x)
 
     @abstractmethod
@@ -78,7 +78,7 @@ class LinearWeight(Layer, ABC):
         """Random values of standard deviation `std` in place of a checkpoint's."""
 
     def checkpoint_tensors(self, name: str, part: MatrixPart) -> Iterator[CheckpointTensor]:
-        """What the checkpoint holds of `part`. A format whose checkpoints hold scales as well names them here."""
+        """The tensors of the checkpoint that fill `part`; also scales, for a format whose checkpoints have them."""
         start = part.start
         yield CheckpointTensor(f"{name}.weight", part.shape, part.shard, lambda t: self.load_rows(start, t))
 
@@ -99,7 +99,7 @@ class ExpertWeights(Layer, ABC):
         """Random values of standard deviation `std` in place of a checkpoint's."""
 
     def checkpoint_tensors(self, name: str, expert: int, part: MatrixPart) -> Iterator[CheckpointTensor]:
-        """What the checkpoint holds of `part` of one expert."""
+        """The tensors of the checkpoint that fill `part` of one expert."""
         start = part.start
         yield CheckpointTensor(f"{name}.weight", part.shape, part.shard, lambda t: self.load_rows(expert, start, t))
 
@@ -114,7 +114,7 @@ class LatentWeights(Layer):
         """[H, lora, v]."""
 
     def checkpoint_tensors(self, name: str, part: MatrixPart) -> Iterator[CheckpointTensor]:
-        """What the checkpoint holds of kv_b_proj. A format whose checkpoints hold scales as well names them here."""
+        """The checkpoint's tensors that fill both halves; also scales, for a format whose checkpoints have them."""
         yield CheckpointTensor(f"{name}.weight", part.shape, part.shard, self._load)
 
     def _load(self, weight: Tensor) -> None:
@@ -172,12 +172,12 @@ class LinearFormat(ABC):
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether no result depends, bit for bit, on what else is in the batch, because that was asked for."""
+        """Whether results must not depend, in any bit, on what else is in the batch: --deterministic asks for that."""
         return False
 
     @property
     def block(self) -> tuple[int, int]:
-        """[out, in] weights of a linear layer that a rank's share must not cut; (1, 1): it may cut anywhere."""
+        """[out, in] weights of a linear layer that a rank's share must not cut; (1, 1) where it may cut anywhere."""
         return 1, 1
 
     @property
@@ -206,7 +206,7 @@ class LinearFormat(ABC):
         return LatentWeights(sizes, dtype, device)
 
     def mixture(self, weights: MixtureWeights, moe: MoEConfig) -> FusedMixture | None:
-        """Kernels for a whole mixture of experts; None: it is computed layer by layer, which defines what it means."""
+        """Kernels for a whole mixture of experts; None: it is computed layer by layer, which defines the result."""
         return None
 
 

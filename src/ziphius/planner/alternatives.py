@@ -16,7 +16,10 @@ from ziphius.planner.plan import Alternative, Candidate
 def alternatives_for(
     question: Question, asked: Sequence[Candidate], every: Sequence[Candidate]
 ) -> tuple[Alternative, ...]:
-    """At most one of each kind, the smallest change first. `asked`: what was evaluated on request; `every`: all."""
+    """At most one of each kind, the smallest change first.
+
+    `asked` are the candidates that the request is about, `every` all that were evaluated.
+    """
     return tuple(a for a in _search(question, asked, every) if a is not None)
 
 
@@ -46,7 +49,7 @@ def _search(question: Question, asked: Sequence[Candidate], every: Sequence[Cand
 
 
 def _fp8_checkpoint(question: Question, candidates: Sequence[Candidate]) -> Alternative | None:
-    """What SGLang could do with a checkpoint that is fp8 already, where it cannot quantize this one."""
+    """What SGLang could do with an fp8 checkpoint of this model, where it cannot quantize the given one itself."""
     if question.config.quantization is not None:
         return None
     stored = replace(question.config, quantization=Quantization("fp8", "fp8", blocks=True))
@@ -59,7 +62,7 @@ def _fp8_checkpoint(question: Question, candidates: Sequence[Candidate]) -> Alte
 
 
 def _freed(question: Question, asked: Sequence[Candidate]) -> Alternative | None:
-    """What would fit if nobody else used the GPUs."""
+    """What would fit if no other process used the GPUs."""
     empty = emptied(question.host)
     if empty == question.host:
         return None
@@ -78,7 +81,7 @@ def _freed(question: Question, asked: Sequence[Candidate]) -> Alternative | None
 def _of(
     question: Question, change: str, candidates: Iterable[Candidate], accepts: Callable[[Candidate], bool]
 ) -> Alternative | None:
-    """The best accepted candidate as an alternative: one that runs before one that does not, then most bits."""
+    """The best accepted candidate as an alternative: candidates that run come first, then those with most bits."""
     accepted = [c for c in candidates if accepts(c)]
     if not accepted:
         return None

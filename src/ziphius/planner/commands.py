@@ -1,4 +1,4 @@
-"""The exact `ziphius start` command for a candidate, on either engine; it runs nothing."""
+"""The exact `ziphius start` command for a candidate, on either engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WHOLE = 1024
 
 
 def shortened(kv_tokens: int) -> int:
-    """A context length to ask for where the cache holds `kv_tokens`: whole thousands (of 1024), where there are."""
+    """A context length to ask for where the cache holds `kv_tokens`: a multiple of 1024 where possible."""
     return kv_tokens // _WHOLE * _WHOLE or kv_tokens
 
 
@@ -23,7 +23,7 @@ def command_for(question: Question, candidate: Candidate) -> str:
 
 
 def _environment(question: Question, candidate: Candidate) -> str:
-    """CUDA_VISIBLE_DEVICES where the GPUs to use are not the first ones, which an engine would take."""
+    """CUDA_VISIBLE_DEVICES, where the GPUs to use are not the first ones, which an engine takes by itself."""
     gpus = question.host.gpus
     first = tuple(g.index for g in gpus[: candidate.tp])
     if candidate.device == "cpu" or candidate.gpus == first or any(g.mig for g in gpus):

@@ -1,4 +1,4 @@
-"""One candidate at a time: does this engine, size and format fit this host, by how much; it compares nothing."""
+"""evaluate: whether one engine, tensor-parallel size and weights format fits a host, and by how much."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ziphius.planner.roofline import roofline
 from ziphius.planner.validity import Engine, TpFailure, block_failures, tp_failures
 
 SGLANG_LEAST_RESERVE = 6 * GIB
-"""The least that a raised --mem-fraction-static may leave on a GPU, in our judgement: 0.93 on an H200 leaves 9.7."""
+"""A raised --mem-fraction-static must leave this much of a GPU, in our judgement: 0.93 on an H200 leaves 9.7 GiB."""
 SHORTEST_CONTEXT = 1024
-"""A cache of fewer tokens serves nobody."""
+"""A cache of fewer tokens is of no use."""
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -42,7 +42,7 @@ class Question:
 
 
 def evaluate(question: Question, device: Device, engine: Engine, tp: int, weights_format: WeightsFormat) -> Candidate:
-    """The verdict on one candidate. With more ranks than GPUs it is for the machine with as many as needed."""
+    """The verdict on one candidate. With more ranks than GPUs it is about this machine with the missing GPUs added."""
     config = question.config
     able = not_yet(question.able, engine, device, weights_format, question.config.quantization)
     failures = _failures(question, engine, tp, weights_format)
@@ -68,12 +68,12 @@ def evaluate(question: Question, device: Device, engine: Engine, tp: int, weight
     free = min(map(usable_bytes, gpus)) - memory.CUDA_CONTEXT - (memory.NCCL_BUFFERS if tp > 1 else 0)
     known = replace(known, memory_bytes=max(0, free))
     done = _sglang(question, known, gpus) if engine == "sglang" else _native(question, known)
-    # A slice has a part of its card's bandwidth, which NVML does not tell.
+    # A MIG slice has only a part of its card's bandwidth, and NVML does not say which.
     cards = [None if gpu.mig else card_of(gpu) for gpu in gpus]
     known_cards = [card for card in cards if card is not None]
     if len(known_cards) < len(cards):
         return done
-    # Ranks wait for one another: the slowest card tells the speed.
+    # Ranks wait for one another, so the slowest card decides the speed.
     slowest = min(known_cards, key=lambda card: card.bandwidth_gb_s)
     return replace(done, roofline=roofline(config, tp, weights_format, slowest, dtype))
 
@@ -87,7 +87,7 @@ def _failures(question: Question, engine: Engine, tp: int, weights_format: Weigh
 
 
 def _contradiction(config: ModelConfig, weights_format: WeightsFormat) -> str | None:
-    """Why this model cannot be in that format on any machine."""
+    """Why this model cannot be held in that format on any machine."""
     stored = config.quantization
     if stored is not None and weights_format != stored.weights_format:
         return f"the checkpoint is in {stored.weights_format} already"
@@ -150,7 +150,7 @@ def _limits(
 
 
 def _with_pool(question: Question, known: Candidate, limits: PoolLimits) -> Candidate:
-    """The native engine's pool, by the function that the engine itself calls."""
+    """With the size of the native engine's pool, from the function that the engine itself calls."""
     try:
         size = memory.kv_pool_tokens(question.config, known.tp, limits)
     except DoesNotFit as e:
@@ -162,7 +162,7 @@ def _with_pool(question: Question, known: Candidate, limits: PoolLimits) -> Cand
 
 
 def _judged(question: Question, known: Candidate, tokens: int) -> Candidate:
-    """The verdict on a cache of `tokens`, with the sentence that tells the numbers."""
+    """The verdict on a cache of `tokens`, with a sentence that gives the numbers."""
     context = question.context_length
     least = min(SHORTEST_CONTEXT, context)
     verdict: Verdict = "fits" if tokens >= context else "short" if tokens >= least else "too_big"
@@ -200,7 +200,7 @@ def _sglang(question: Question, known: Candidate, gpus: tuple[Gpu, ...]) -> Cand
 
 
 def _sglang_pool(question: Question, known: Candidate, memory_total_mib: int) -> tuple[float, int]:
-    """(fraction, tokens): as asked, or SGLang's default, or raised where that gives one context enough room."""
+    """(fraction, tokens): the fraction asked for, else SGLang's default, raised where one context needs more room."""
     config, tp, dtype = question.config, known.tp, question.kv_dtype("cuda")
     free, loaded = known.memory_bytes, known.loaded_bytes
 

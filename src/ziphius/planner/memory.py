@@ -1,6 +1,6 @@
 """The one memory formula: bytes of weights and cache on a rank, and how large the pool may be; no torch, no I/O.
 
-The planner, the check at start and the engine's pool sizing all call it, so a start can compare
+The planner, the check at start and the engine's pool sizing all call it. So a start can compare
 what was predicted with what was measured. All sizes are bytes of one tensor-parallel rank.
 """
 
@@ -17,15 +17,15 @@ from ziphius.formats import FORMATS, Use, WeightsFormat
 GIB = 1 << 30
 MIB = 1 << 20
 CPU_SHARE = 0.25
-"""Of the memory left after loading, what the pool on a CPU may take unless --mem-fraction says otherwise."""
+"""Share of the memory left after loading that the pool on a CPU may take, unless --mem-fraction says otherwise."""
 CPU_KEEP_FREE = 0.10
-"""Of the memory left after loading, what stays free even where one context needs more than its share."""
+"""Share of the memory left after loading that stays free even where one context needs more than CPU_SHARE."""
 CUDA_WORKSPACE = 2 * GIB
 """CUDA graphs, expanded keys and values, libraries' workspaces, the allocator's rounding: an allowance."""
 CUDA_CONTEXT = 730 * MIB
 """What a process loses on a GPU to its CUDA context and libraries before it loads a model (727 on an H200)."""
 NCCL_BUFFERS = 512 * MIB
-"""And, with several ranks, to NCCL: an allowance."""
+"""What a process loses besides to NCCL, with several ranks: an allowance."""
 CPU_PROCESS = 512 * MIB
 """Main memory of a rank's process without weights and cache: interpreter, torch, buffers."""
 
@@ -315,7 +315,7 @@ def kv_pool_tokens(config: ModelConfig, tp: int, limits: PoolLimits) -> PoolSize
 
 
 def pool_room(limits: PoolLimits) -> int:
-    """Bytes that the pool of one rank may have at most, whatever is asked for."""
+    """The most bytes that the pool of one rank may have, whatever is asked for."""
     if limits.device == "cpu":
         share = CPU_SHARE if limits.mem_fraction is None else limits.mem_fraction
         room = limits.free_bytes // limits.ranks_on_host * max(share, 1 - CPU_KEEP_FREE)
@@ -327,7 +327,7 @@ def pool_room(limits: PoolLimits) -> int:
 
 
 def _unasked(limits: PoolLimits, most: int) -> int:
-    """Bytes that the pool takes of its own accord."""
+    """Bytes that the pool takes when no size is asked for."""
     if limits.device == "cuda":
         return most
     share = CPU_SHARE if limits.mem_fraction is None else limits.mem_fraction

@@ -1,4 +1,4 @@
-"""build_plan: every candidate, the one to take, and what would have to change; it probes and prints nothing."""
+"""build_plan: every candidate on a host, the recommended one, and what would have to change where none fits."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _context_length(source: ModelSource, request: PlanRequest) -> int:
 
 
 def _shown_sizes(host: Host, device: Device) -> tuple[int, ...]:
-    """Those that everybody asks about, and all the GPUs that are there."""
+    """The usual sizes, and the number of GPUs that are there."""
     return (*TP_SIZES, len([g for g in host.gpus if not g.mig]) or 1) if device == "cuda" else (1,)
 
 
@@ -76,7 +76,7 @@ def _cells(
         formats = (request.weights_format, *formats)
     sizes = {request.tp or 1, *_shown_sizes(host, device)}
     if device == "cuda":
-        sizes.update(valid_tp_sizes(source.config, "bf16", "native"))  # a large model may need more than is shown
+        sizes.update(valid_tp_sizes(source.config, "bf16", "native"))  # a large model may need more GPUs than are shown
     both = device == "cuda" or request.engine == "sglang"
     engines: tuple[Engine, ...] = ("native", "sglang") if both else ("native",)
     for tp in sorted(sizes):
@@ -87,7 +87,7 @@ def _cells(
 
 
 def _formats(source: ModelSource, device: Device) -> tuple[WeightsFormat, ...]:
-    """Those worth telling: a checkpoint that is quantized already has one; without experts there is no int4."""
+    """The formats to show: a checkpoint that is quantized already has one; a model without experts has no int4."""
     stored = source.config.quantization
     if stored is not None and stored.weights_format is not None:
         return (stored.weights_format,)
@@ -100,14 +100,14 @@ def _is_asked(candidate: Candidate, request: PlanRequest) -> bool:
 
 
 def _counts(candidate: Candidate, request: PlanRequest) -> bool:
-    """Whether it fits as asked: who asked for no context length is served with a shorter one too."""
+    """Whether it fits as asked. A shorter context counts too where no context length was asked for."""
     if candidate.missing_gpus:
         return False
     return candidate.verdict == "fits" or (candidate.verdict == "short" and request.context_length is None)
 
 
 def _rank(candidate: Candidate, device: Device) -> tuple[int, ...]:
-    """Least is best: the whole context, little loss, our own engine, few GPUs."""
+    """A key whose smallest value is the best candidate: whole context, best format, native engine, fewest GPUs."""
     formats = planned_formats(device)  # more than one format is compared only where these are
     return (
         ("fits", "short", "too_big", "unsupported", "invalid").index(candidate.verdict),
@@ -123,7 +123,7 @@ def _best(asked: tuple[Candidate, ...], request: PlanRequest, device: Device) ->
 
 
 def _nearest(asked: tuple[Candidate, ...], device: Device) -> Candidate | None:
-    """What to draw where nothing runs: what would, else the least too big on the GPUs that are there."""
+    """What to draw where nothing runs: a candidate that would fit, else the one that is too big by the least."""
     drawable = [c for c in asked if c.weights is not None and c.memory_bytes]
     there = [c for c in drawable if not c.missing_gpus] or drawable
     fitting = [c for c in there if c.verdict in ("fits", "short")]
@@ -177,7 +177,7 @@ def _notes(question: Question, asked: tuple[Candidate, ...], device: Device) -> 
         return
     for gpu in host.gpus:
         taken = gpu.memory_total_mib - gpu.memory_free_mib
-        # The driver keeps some for itself: an idle H200 tells 0.4%.
+        # The driver keeps some memory for itself: 0.4% of an idle H200.
         if taken > max(2048, gpu.memory_total_mib // 50):
             who = ", ".join(
                 f"{p.name} (pid {p.pid}{'' if p.used_mib is None else f', {gib(p.used_mib * memory.MIB)}'})"

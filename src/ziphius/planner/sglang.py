@@ -1,4 +1,4 @@
-"""SGLang's own memory rule, with its flags, as far as a plan needs it; it starts nothing.
+"""SGLang's own memory rule, with its flags, as far as a plan needs it.
 
 Rule of `server_args._handle_gpu_memory_settings` in SGLang 0.5.16; measured beside it: docs/planning.md.
 """
@@ -35,7 +35,7 @@ class SglangDefaults:
 
 
 def defaults(memory_total_mib: int, tp: int, *, chunked_prefill_size: int | None = None) -> SglangDefaults:
-    """`memory_total_mib` as nvidia-smi tells it, of the smallest GPU in use; pipeline size 1, no dp attention."""
+    """For a smallest GPU of `memory_total_mib` (nvidia-smi's number), with pipeline size 1 and without dp attention."""
     chunk, few_ranks, many_ranks = _LARGEST
     for limit, tier_chunk, tier_few, tier_many in _TIERS:
         if memory_total_mib < limit:

@@ -1,4 +1,4 @@
-"""Which tensor-parallel sizes a model allows, dimension by dimension, with the remainders; it counts no bytes."""
+"""Which tensor-parallel sizes a model allows, dimension by dimension, with the remainders."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ziphius.formats import FORMATS, Use, WeightsFormat, format_of_dtype
 
 Engine = Literal["native", "sglang"]
 SGLANG_VOCAB_PADDING = 64
-"""SGLang pads the vocabulary to a multiple of this before it is shared out."""
+"""SGLang pads the vocabulary to a multiple of this before the ranks share it."""
 LARGEST_TP = 128
 
 
 def require_deterministic(device: str, dtype: str, weights_format: WeightsFormat) -> None:
-    """ConfigError where --deterministic cannot be kept: other products cut their sums by the batch."""
+    """ConfigError where --deterministic cannot be kept: how other products split their sums depends on the batch."""
     if device != "cuda":
         raise ConfigError("deterministic is for a GPU, and this would run on a CPU", param="deterministic")
     if weights_format != format_of_dtype(dtype):
@@ -45,8 +45,8 @@ def tp_failures(config: ModelConfig, tp: int, weights_format: WeightsFormat, eng
     """Why `tp` ranks cannot share this model; () when they can.
 
     Every rank takes an equal share of the vocabulary, the attention heads and each MLP's width (expert,
-    shared, dense). A Llama's key/value heads are shared out or, with more ranks than heads, replicated.
-    With 128-blocks (fp8) or groups of 128 (int4 experts) and tp > 1 every share must be whole blocks.
+    shared, dense). The ranks share a Llama's key/value heads; with more ranks than heads, heads are replicated.
+    With blocks (fp8) or groups (int4 experts) and tp > 1 every share must be a whole number of them.
     """
     if tp == 1:
         return ()
@@ -57,7 +57,7 @@ def tp_failures(config: ModelConfig, tp: int, weights_format: WeightsFormat, eng
 
 
 def block_failures(config: ModelConfig, tp: int) -> tuple[TpFailure, ...]:
-    """Shares that break fp8's 128-blocks: for checkpoints that are quantized already, on any engine."""
+    """Shares that cut fp8's blocks: for checkpoints that are quantized already, on any engine."""
     return tuple(_broken_blocks(config, tp, "fp8")) if tp > 1 else ()
 
 
@@ -131,6 +131,6 @@ def _broken_blocks(config: ModelConfig, tp: int, weights_format: WeightsFormat) 
             continue
         share, side = size // tp, max(stored.block)
         if share % side:
-            sum_ = f"{share // side} x {side} + {share % side}"
-            text = f"{label} {size:,} / {tp} = {share:,} = {sum_} ({stored.scales.unit})"
+            blocks = f"{share // side} x {side} + {share % side} ({stored.scales.unit})"
+            text = f"{label} {size:,} / {tp} = {share:,} = {blocks}"
             yield TpFailure(dimension, size, side, share % side, text)
