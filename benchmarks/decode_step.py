@@ -42,7 +42,7 @@ from ziphius.engine.sampler import Sampler
 from ziphius.ipc.messages import AbortRequest, AddRequest, RequestOutput, SamplingParams, StepOutput
 from ziphius.kernels.gpu.routing import Routes
 from ziphius.kv_cache.kv_pool import KVPool
-from ziphius.layers.cuda_ops import CudaOps
+from ziphius.layers.cuda_dense import DenseExpertKernels
 from ziphius.layers.layer import Layer
 from ziphius.layers.select import make_linear_format
 from ziphius.models.causal_lm import CausalLM, make_model
@@ -185,17 +185,17 @@ class Bench:
     def experts_hit(self, load: Load) -> float:
         """Different experts that a layer's decode step really wakes, on average: a few steps without graphs."""
         seen: list[Tensor] = []
-        compute = CudaOps._experts
+        compute = DenseExpertKernels.__call__
 
-        def watch(ops: CudaOps, x: Tensor, routes: Routes, *rest: object) -> Tensor:
+        def watch(kernels: DenseExpertKernels, x: Tensor, routes: Routes, *rest: object) -> Tensor:
             if x.shape[0] == load.batch:
                 seen.append(routes.ids.clone())
-            return compute(ops, x, routes, *rest)  # type: ignore[arg-type]
+            return compute(kernels, x, routes, *rest)  # type: ignore[arg-type]
 
         engine, channel = self.engine()
         self._add(channel, load)
         graphs, self.runner._graphs = self.runner._graphs, None
-        CudaOps._experts = watch  # type: ignore[method-assign, assignment]
+        DenseExpertKernels.__call__ = watch  # type: ignore[method-assign, assignment]
         try:
             told: set[str] = set()
             while len(told) < load.batch:
@@ -205,7 +205,7 @@ class Bench:
             for _ in range(4):
                 engine.turn()
         finally:
-            CudaOps._experts = compute  # type: ignore[method-assign]
+            DenseExpertKernels.__call__ = compute  # type: ignore[method-assign]
             self.runner._graphs = graphs
         channel.to_engine.extend(AbortRequest(rid=str(i)) for i in range(load.batch))
         while not engine.idle:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ziphius.errors import ConfigError
+from ziphius.formats import OPTION_CHOICES
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -49,7 +50,7 @@ class ServeConfig:
     dtype: str = _option("auto", "Type of activations and cache: float32 on a CPU, bfloat16 on a GPU.",
                          choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
     weights_format: str = _option("auto", "How linear weights are held: int8 on a CPU, like --dtype otherwise.",
-                                  choices=("auto", "fp32", "bf16", "fp16", "int8", "fp8"))  # fmt: skip
+                                  choices=OPTION_CHOICES)  # fmt: skip
     context_length: int | None = _option(None, "Longest prompt + answer in tokens (default: the model's).", low=1)
     max_running_requests: int | None = _option(None, "Requests computed together (default: 32 on a CPU, 128 on a GPU).",
                                                low=1, high=4096)  # fmt: skip

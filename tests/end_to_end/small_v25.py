@@ -12,7 +12,7 @@ from tests.tokenizer.v25_tokenizer import write_v25_tokenizer
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
-from ziphius.layers.quantization import DenseFormat
+from ziphius.layers.dense import DenseFormat
 from ziphius.models.causal_lm import make_model
 
 PUBLISHED = Path(__file__).parents[1] / "planner" / "data" / "deepseek-v2.5-1210.json"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
-from ziphius.layers.quantization import DenseFormat
+from ziphius.layers.dense import DenseFormat
 from ziphius.models.causal_lm import make_model
 
 COMMON: dict[str, Any] = {

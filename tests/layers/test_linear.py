@@ -13,11 +13,14 @@ from torch import Tensor
 from ziphius.distributed import SINGLE, ParallelState
 from ziphius.errors import ConfigError
 from ziphius.layers.context import LayerContext
+from ziphius.layers.dense import DenseFormat
+from ziphius.layers.int8 import Int8Format
 from ziphius.layers.layer import CheckpointTensor
 from ziphius.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
     ParallelLMHead,
+    PartlyParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
@@ -25,7 +28,7 @@ from ziphius.layers.linear import (
 )
 from ziphius.layers.mlp import GatedMLP
 from ziphius.layers.ops import TorchOps
-from ziphius.layers.quantization import DenseFormat, Int8Format, LinearFormat
+from ziphius.layers.weights import LinearFormat
 
 CPU = torch.device("cpu")
 HIDDEN = 12
@@ -194,3 +197,41 @@ def test_bytes_count_shared_memory_once() -> None:
     layer = GatedMLP(HIDDEN, 16, context(), bias=True)
     assert layer.nbytes == 4 * (3 * HIDDEN * 16 + 2 * 16 + HIDDEN)
     assert GatedMLP(HIDDEN, 16, context(linear_format=Int8Format())).nbytes == 3 * HIDDEN * 16 + 4 * (2 * 16 + HIDDEN)
+
+
+class BlockedFormat(DenseFormat):
+    """Floats that claim to have one scale for each [4, 6] weights."""
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return 4, 6
+
+
+def blocked(rank: int, size: int) -> LayerContext:
+    return context(rank, size, BlockedFormat(torch.float32))
+
+
+def test_a_share_may_not_cut_a_block() -> None:
+    for rank in (0, 1):
+        with pytest.raises(ConfigError, match="output size 12: a rank's share of 6 is not a multiple of 4") as raised:
+            MergedColumnParallelLinear(HIDDEN, [8, 12], blocked(rank, 2))
+        assert raised.value.param == "tp"
+        with pytest.raises(ConfigError, match="input size 16: a rank's share of 8 is not a multiple of 6"):
+            RowParallelLinear(16, 5, blocked(rank, 2))
+        with pytest.raises(ConfigError, match="num_attention_heads x head_dim 12: a rank's share of 6"):
+            QKVParallelLinear(HIDDEN, 4, 4, 3, blocked(rank, 2))
+        with pytest.raises(ConfigError, match="num_key_value_heads x head_dim 4: a rank's share of 2"):
+            QKVParallelLinear(HIDDEN, 8, 2, 2, blocked(rank, 2))
+        with pytest.raises(ConfigError, match="output size 12: a rank's share of 6"):
+            PartlyParallelLinear(HIDDEN, 12, [5], blocked(rank, 2))
+
+
+def test_whole_blocks_are_shared_and_the_last_block_may_be_short() -> None:
+    for rank in (0, 1):
+        MergedColumnParallelLinear(HIDDEN, [8, 16], blocked(rank, 2))
+        RowParallelLinear(12, 5, blocked(rank, 2))
+        QKVParallelLinear(HIDDEN, 8, 4, 2, blocked(rank, 2))
+        ReplicatedLinear(HIDDEN, [5, 7], blocked(rank, 2))
+        VocabParallelEmbedding(20, HIDDEN, blocked(rank, 4))  # the embedding has no weights format
+    RowParallelLinear(16, 5, blocked(0, 1))
+    GatedMLP(HIDDEN, 10, blocked(0, 1))

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from ziphius.checkpoint.config import MoEConfig
 from ziphius.distributed import ParallelState
+from ziphius.errors import ConfigError
 from ziphius.kernels.routing_reference import select_experts
 from ziphius.layers.context import LayerContext
-from ziphius.layers.moe import RoutedExperts
+from ziphius.layers.dense import DenseFormat
+from ziphius.layers.int8 import Int8Format
+from ziphius.layers.moe import MixtureOfExperts, RoutedExperts
+from ziphius.layers.norm import RMSNorm
 from ziphius.layers.ops import TorchOps
-from ziphius.layers.quantization import DenseFormat, Int8Format, LinearFormat
+from ziphius.layers.weights import FusedMixture, LinearFormat, MixtureWeights, Norm
 
 GREEDY = MoEConfig(
     n_routed_experts=8,
@@ -121,3 +125,91 @@ def test_only_experts_that_are_hit_are_computed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(experts.down, "apply", lambda expert, x: used.append(expert) or apply(expert, x))
     experts(torch.randn(2, 12), torch.rand(2, 3), torch.tensor([[6, 1, 3], [3, 1, 6]]))
     assert used == [1, 3, 6]
+
+
+class GroupsOfFour(DenseFormat):
+    """Floats that claim to have one scale for each 4 weights of a routed expert along the input."""
+
+    @property
+    def expert_block(self) -> tuple[int, int]:
+        return 1, 4
+
+
+def test_a_share_of_an_expert_may_not_cut_a_group() -> None:
+    grouped = GroupsOfFour(torch.float32)
+    make_experts(1, 4, grouped)
+    with pytest.raises(ConfigError, match="moe_intermediate_size 16: a rank's share of 2 is not a multiple of 4"):
+        make_experts(1, 8, grouped)
+
+
+SHARED = replace(GREEDY, n_shared_experts=2)
+
+
+class FusingFormat(DenseFormat):
+    """Offers a fused mixture that computes in float64, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+
+    def mixture(self, weights: MixtureWeights, moe: MoEConfig) -> FusedMixture | None:
+        def dense(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+            gate, up = (x @ gate_up.double().T).chunk(2, dim=-1)
+            return (F.silu(gate) * up) @ down.double().T
+
+        def compute(x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
+            normed = norm(x).double()
+            shares, ids = select_experts(normed @ weights.gate.double().T, moe)
+            experts = [dense(normed, g, d) for g, d in zip(weights.gate_up.weight, weights.down.weight, strict=True)]
+            out = dense(normed, weights.shared_gate_up.weight, weights.shared_down.weight)
+            for k in range(moe.num_experts_per_tok):
+                chosen = torch.stack(experts, 1)[torch.arange(x.shape[0]), ids[:, k]]
+                out = out + shares[:, k, None].double() * chosen
+            assert weights.down.weight.shape[2] == weights.width
+            return out.float() if residual is None else residual + out.float()
+
+        return compute
+
+
+def make_mixture(linear_format: LinearFormat, rank: int = 0, size: int = 1) -> tuple[MixtureOfExperts, RMSNorm]:
+    where = LayerContext(
+        AloneOfMany(rank, size), linear_format, TorchOps(), torch.float32, torch.device("cpu")
+    )  # fmt: skip
+    mixture, norm = MixtureOfExperts(12, SHARED, where), RMSNorm(12, 1e-6, where)
+    torch.manual_seed(0)
+    norm.weight.normal_()
+    for tensor in mixture.checkpoint_tensors("mlp"):
+        whole = torch.randn(tensor.shape)
+        tensor.load(whole if tensor.shard is None else tensor.shard.of(whole))
+    return mixture, norm
+
+
+class AloneOfMany(ParallelState):
+    """One rank of several, whose sums stay its own part."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_formats_fused_mixture_is_used_and_means_the_same(size: int) -> None:
+    x = torch.randn(5, 12)
+    plain, fused = torch.zeros_like(x), torch.zeros_like(x)
+    for rank in range(size):
+        layer, norm = make_mixture(DenseFormat(torch.float32), rank, size)
+        plain += layer(norm(x))
+        layer, norm = make_mixture(FusingFormat(), rank, size)
+        fused += layer.onto(x.clone(), norm)
+    torch.testing.assert_close(fused, x + plain, rtol=1e-4, atol=1e-3)
+
+
+def test_a_mixture_takes_its_gate_and_experts_from_the_checkpoint() -> None:
+    mixture, _ = make_mixture(DenseFormat(torch.float32))
+    names = {tensor.name: tensor.shape for tensor in mixture.checkpoint_tensors("mlp")}
+    assert names["mlp.gate.weight"] == (8, 12)
+    assert names["mlp.experts.7.down_proj.weight"] == (12, 16)
+    assert names["mlp.shared_experts.up_proj.weight"] == (32, 12)
+    assert len(names) == 1 + 8 * 3 + 3
+    bare = MixtureOfExperts(
+        12, GREEDY, LayerContext(ParallelState(), Int8Format(), TorchOps(), torch.float32, torch.device("cpu"))
+    )
+    assert bare.shared_experts is None

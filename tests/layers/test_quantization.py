@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from ziphius.errors import ConfigError
-from ziphius.layers import quantization
-from ziphius.layers.quantization import (
-    DenseFormat,
-    DenseWeight,
-    Int8Format,
-    Int8Weight,
-    int8_linear,
-    quantize_int8,
-)
+from ziphius.layers import int8
+from ziphius.layers.dense import DenseFormat, DenseWeight
+from ziphius.layers.int8 import Int8Format, Int8Weight, int8_linear, quantize_int8
 from ziphius.layers.select import make_linear_format
 
 CPU = torch.device("cpu")
@@ -75,7 +69,7 @@ def test_the_packed_format_means_the_same() -> None:
 
 @pytest.mark.parametrize("rows_at_once", [2, 1024])
 def test_loading_in_parts_is_loading_the_whole(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
-    monkeypatch.setattr(quantization, "_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(int8, "ROWS_AT_ONCE", rows_at_once)
     rows = torch.randn(9, 16)
     weight = Int8Weight(9, 16, CPU)
     weight.load_rows(5, rows[5:].bfloat16())

@@ -23,8 +23,8 @@ from ziphius.distributed import SINGLE, ParallelState
 from ziphius.errors import CheckpointError, ConfigError
 from ziphius.ipc.messages import LoadProgress
 from ziphius.kv_cache.kv_pool import KVPool
+from ziphius.layers.dense import DenseFormat
 from ziphius.layers.layer import Layer
-from ziphius.layers.quantization import DenseFormat
 from ziphius.models.causal_lm import CausalLM, make_model
 from ziphius.models.deepseek_v2 import DeepseekV2ForCausalLM
 from ziphius.models.llama import LlamaForCausalLM

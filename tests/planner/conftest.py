@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.quantization import Quantization
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, read_host
 
@@ -44,8 +46,9 @@ def llama3_8b() -> ModelConfig:
 def source() -> Callable[..., ModelSource]:
     """A model whose weights are there, of the given config."""
 
-    def make(config: ModelConfig, **changes: object) -> ModelSource:
-        values: dict[str, object] = {"given": "/models/M", "name": "M", "config": config, "origin": "folder",
+    def make(config: ModelConfig, quantization: Quantization | None = None, **changes: object) -> ModelSource:
+        stored = replace(config, quantization=quantization)
+        values: dict[str, object] = {"given": "/models/M", "name": "M", "config": stored, "origin": "folder",
                                      "path": Path("/models/M"), "has_weights": True}  # fmt: skip
         return ModelSource(**{**values, **changes})  # type: ignore[arg-type]
 

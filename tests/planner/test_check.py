@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 
 from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.quantization import Quantization
 from ziphius.config import ServeConfig
 from ziphius.engine.precision import resolve_precision
 from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
-from ziphius.planner.check import check_start, formats_of, request_of
-from ziphius.planner.find_model import ModelSource, Quantization
+from ziphius.formats import resolve_formats
+from ziphius.planner.check import check_start, request_of
+from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, times
 from ziphius.planner.memory import weight_bytes
 
@@ -45,12 +47,15 @@ def test_auto_means_what_it_means_to_the_engine(v2_lite: ModelConfig, source: Ma
 def test_formats_are_the_engines(dtype: str, weights_format: str) -> None:
     config = ServeConfig(device="cpu", dtype=dtype, weights_format=weights_format)
     precision = resolve_precision(config)
-    assert formats_of(config, "cpu") == (precision.dtype_name, precision.weights_format)
+    assert resolve_formats("cpu", config.dtype, config.weights_format) == (
+        precision.dtype_name,
+        precision.weights_format,
+    )
 
 
 def test_formats_on_a_gpu() -> None:
-    assert formats_of(ServeConfig(), "cuda") == ("bfloat16", "bf16")
-    assert formats_of(ServeConfig(dtype="float16"), "cuda") == ("float16", "fp16")
+    assert resolve_formats("cuda", "auto", "auto") == ("bfloat16", "bf16")
+    assert resolve_formats("cuda", "float16", "auto") == ("float16", "fp16")
 
 
 def test_what_only_a_gpu_can_is_refused_on_a_cpu(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:

@@ -14,8 +14,9 @@ import pytest
 from tests.checkpoint.stand_in_hub import StandInHub
 
 from ziphius.checkpoint.hub_cache import hub_cache
+from ziphius.checkpoint.quantization import Quantization
 from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
-from ziphius.planner.find_model import Quantization, find_model
+from ziphius.planner.find_model import find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -69,10 +70,10 @@ def test_a_quantized_checkpoint_is_told(folder: Path) -> None:
     config = folder / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps({**values, "quantization_config": {"quant_method": "fp8"}}))
-    assert find_model(str(folder), {}).quantization == Quantization("fp8", "fp8", blocks=False)
+    assert find_model(str(folder), {}).config.quantization == Quantization("fp8", "fp8", blocks=False)
     blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config.write_text(json.dumps({**values, "quantization_config": blocks}))
-    assert find_model(str(folder), {}).quantization == Quantization("fp8", "fp8", blocks=True)
+    assert find_model(str(folder), {}).config.quantization == Quantization("fp8", "fp8", blocks=True)
     for unknown in ({"quant_method": "awq"}, {"quant_method": "fp8", "weight_block_size": [64, 64]}):
         config.write_text(json.dumps({**values, "quantization_config": unknown}))
         with pytest.raises(UnsupportedModel, match=r"awq|64, 64"):

@@ -9,10 +9,11 @@ import torch
 
 from ziphius.checkpoint.config import GroupedQueryAttention, LatentAttention, ModelConfig
 from ziphius.distributed import SINGLE, ParallelState
+from ziphius.formats import WeightsFormat
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import make_linear_format
 from ziphius.models.causal_lm import make_model
-from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, weight_bytes
+from ziphius.planner.memory import kv_bytes_per_token, weight_bytes
 
 CPU = torch.device("cpu")
 SHRUNK = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 96}

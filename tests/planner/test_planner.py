@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from ziphius.checkpoint.config import ModelConfig
+from ziphius.checkpoint.quantization import Quantization
 from ziphius.errors import ConfigError
 from ziphius.planner.abilities import Abilities, abilities
-from ziphius.planner.find_model import ModelSource, Quantization
+from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, parse_gpus
 from ziphius.planner.memory import GIB
 from ziphius.planner.plan import Candidate, Plan, PlanRequest

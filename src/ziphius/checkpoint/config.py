@@ -14,6 +14,7 @@ from ziphius.checkpoint.attention import GroupedQueryAttention as GroupedQueryAt
 from ziphius.checkpoint.attention import LatentAttention as LatentAttention
 from ziphius.checkpoint.decoder import MoEConfig as MoEConfig
 from ziphius.checkpoint.keys import Keys
+from ziphius.checkpoint.quantization import Quantization
 from ziphius.checkpoint.rope import Llama3RopeConfig as Llama3RopeConfig
 from ziphius.checkpoint.rope import YarnConfig as YarnConfig
 from ziphius.checkpoint.rope import read_rope
@@ -42,6 +43,8 @@ class ModelConfig:
     torch_dtype: str
     attention: AttentionShape
     moe: MoEConfig | None = None
+    quantization: Quantization | None = None
+    """How the checkpoint's weights are quantized already; None: they are floats."""
 
     @property
     def num_attention_heads(self) -> int:
@@ -113,4 +116,5 @@ class ModelConfig:
             torch_dtype=keys.get("torch_dtype", str, None) or keys.get("dtype", str, "float32"),
             attention=shape.attention,
             moe=shape.moe,
+            quantization=Quantization.from_hf(data),
         )

@@ -11,6 +11,7 @@ import typer
 
 from ziphius.cli.options import ConfigFile, Json, resolved_from
 from ziphius.errors import ConfigError, ModelError
+from ziphius.formats import plan_choices
 
 if TYPE_CHECKING:
     from ziphius.planner.hardware import Host
@@ -32,7 +33,7 @@ def plan(
     engine: Annotated[str | None, typer.Option(metavar="[native|sglang]", help="Only this engine.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, max=1024, help="Only this tensor-parallel size.")] = None,
     weights_format: Annotated[
-        str | None, typer.Option(metavar="[bf16|fp8|int4|int8|fp16|fp32]", help="Only this weights format.")
+        str | None, typer.Option(metavar=f"[{'|'.join(plan_choices())}]", help="Only this weights format.")
     ] = None,
     mem_fraction: Annotated[
         float | None, typer.Option(min=0.01, max=0.99, help="Share of free GPU memory for weights and cache.")
@@ -49,7 +50,7 @@ def plan(
     request: dict[str, Any] = {
         "engine": _one_of("engine", engine, ("native", "sglang")),
         "tp": tp,
-        "weights_format": _one_of("weights-format", weights_format, ("bf16", "fp8", "int4", "int8", "fp16", "fp32")),
+        "weights_format": _one_of("weights-format", weights_format, plan_choices()),
         "mem_fraction": mem_fraction,
         "context_length": context_length,
     }

@@ -1,18 +1,16 @@
-"""In which types a model is computed, cached and held: --device, --dtype and --weights-format made definite."""
+"""Precision: the device and the types that --device, --dtype and --weights-format mean on this machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 from ziphius.config import ServeConfig
 from ziphius.errors import ConfigError
-from ziphius.planner.memory import WeightsFormat
-from ziphius.planner.validity import format_of_dtype, require_deterministic
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from ziphius.formats import Device, WeightsFormat, resolve_formats
+from ziphius.layers.weights import torch_dtype
+from ziphius.planner.validity import require_deterministic
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +25,20 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype_name]
+        return torch_dtype(self.dtype_name)
 
 
 def resolve_precision(config: ServeConfig) -> Precision:
-    """`auto` made definite. ConfigError for a GPU that is not there, or --deterministic where it cannot be kept.
+    """`auto` made definite by the rule of formats.resolve_formats.
 
-    On a CPU dtype is float32, and weights are int8 only where neither was asked for: whoever names a dtype
-    gets weights in it. On a GPU dtype is bfloat16 and weights are held in dtype.
+    ConfigError for a GPU that is not there, and for --deterministic where it cannot be kept.
     """
     device = _device(config.device)
-    dtype_name = config.dtype
-    if dtype_name == "auto":
-        dtype_name = "float32" if device.type == "cpu" else "bfloat16"
-    weights_format = config.weights_format
-    if weights_format == "auto":
-        int8 = device.type == "cpu" and config.dtype == "auto"
-        weights_format = "int8" if int8 else format_of_dtype(dtype_name)
-    held = cast(WeightsFormat, weights_format)
+    kind: Device = "cuda" if device.type == "cuda" else "cpu"
+    dtype_name, weights_format = resolve_formats(kind, config.dtype, config.weights_format)
     if config.deterministic:
-        require_deterministic(device.type, dtype_name, held)
-    return Precision(device, dtype_name, held, config.deterministic)
+        require_deterministic(kind, dtype_name, weights_format)
+    return Precision(device, dtype_name, weights_format, config.deterministic)
 
 
 def _device(name: str) -> torch.device:

@@ -10,11 +10,11 @@ from typing import Any
 
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError
+from ziphius.formats import format_named
 from ziphius.launchers import native, sglang
 from ziphius.launchers.launcher import Launch, Launcher
 from ziphius.launchers.native_plan import NativeOutlook, plan_native
 from ziphius.launchers.sglang_plan import Outlook, plan_start
-from ziphius.planner.abilities import OF_SGLANG_ONLY
 from ziphius.planner.hardware import Host
 from ziphius.planner.probe import probe_host
 
@@ -69,7 +69,8 @@ def refuse_other_engines_options(resolved: Resolved) -> None:
     config = resolved.config
     if config.engine == "sglang":
         return
-    if config.weights_format in OF_SGLANG_ONLY:
+    asked = format_named(config.weights_format)
+    if asked is not None and not asked.native:
         raise ConfigError(f"weights_format {config.weights_format} is for --engine sglang", param="weights_format")
     for name in _OF_SGLANG:
         if resolved.origins.get(name, "default") != "default":

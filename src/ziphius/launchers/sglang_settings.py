@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ziphius.config import Resolved, option_fields, words_of
 from ziphius.errors import ConfigError
+from ziphius.formats import FORMATS
 from ziphius.ranks.layout import rank_layout
 
 _SAME = {
@@ -60,12 +61,8 @@ _OF_OLDER_VERSIONS = ("--cuda-graph-max-bs",)
 _OF_ZIPHIUS = ("name", "drain_timeout", "start_timeout", "engine", "runtime", "python", "image", "engine_args",
                "cache_dir", "weights_format", "threads")  # fmt: skip
 """Options that Ziphius itself follows, whatever the engine, or that become no flag of their own."""
-_FORMATS = {
-    "fp32": ("--dtype", "float32"),
-    "bf16": ("--dtype", "bfloat16"),
-    "fp16": ("--dtype", "float16"),
-    "fp8": ("--quantization", "fp8"),
-}
+_FORMATS = {row.name: ("--quantization", row.name) if row.dtype is None else ("--dtype", row.dtype)
+            for row in FORMATS.values() if row.sglang and row.option}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""LayerContext: what every layer of one rank's model is built with; it builds nothing."""
+"""LayerContext: what every layer of one rank's model is built with."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 from ziphius.distributed import ParallelState
 from ziphius.layers.ops import LayerOps
-from ziphius.layers.quantization import LinearFormat
+from ziphius.layers.weights import LinearFormat
 
 
 @dataclass(frozen=True, slots=True)
 class LayerContext:
-    """Handed from the model down to each layer."""
+    """A model hands it to each of its layers."""
 
     parallel: ParallelState
     linear_format: LinearFormat

@@ -1,4 +1,4 @@
-"""Layer and CheckpointTensor: how a layer holds tensors and what it takes from a checkpoint; it computes nothing."""
+"""Layer and CheckpointTensor: how a layer holds tensors, and what it takes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Shard:
 class CheckpointTensor:
     """One tensor of the checkpoint that a layer takes, and how.
 
-    The layers state which tensors they take, so the loader needs no table of names: what is in the checkpoint and in
-    no layer's list is left over, what is in a list and not in the checkpoint is missing.
+    The layers state which tensors they take, so the loader needs no table of names. A tensor of the checkpoint that no
+    layer takes is left over; a tensor that a layer takes and the checkpoint lacks is missing.
     """
 
     name: str
@@ -37,18 +37,18 @@ class CheckpointTensor:
     shard: Shard | None
     """What this rank keeps; None: all of it."""
     load: Callable[[Tensor], None]
-    """Takes this rank's part, in any float type, on the CPU; copies or converts it. Call it from one thread."""
+    """Copies or converts this rank's part, which is on the CPU, in any float type. Call it from one thread."""
 
 
 class Layer:
     """Base of everything that holds weights: attributes are tensors, layers, or lists of layers.
 
-    Not an nn.Module: nothing here trains, and a module's attribute look-up would cost a CPU decode step several
-    percent. Weights are created uninitialised; they mean something once every `CheckpointTensor` is loaded.
+    It is not an nn.Module: nothing here is trained, and a module's attribute look-up would cost a CPU decode step
+    several percent. Weights are created uninitialised, and are valid once every `CheckpointTensor` is loaded.
     """
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor held here or below; one that two layers share comes twice."""
+        """Every tensor held here or below. A tensor that two layers share comes twice."""
         for value in vars(self).values():
             yield from _tensors(value)
 

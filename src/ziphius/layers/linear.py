@@ -1,4 +1,4 @@
-"""Linear layers and the vocabulary's two ends: which rank keeps which part; formats are quantization's."""
+"""Linear layers and the vocabulary's two ends: which part of a matrix each rank keeps, whatever its format."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ziphius.errors import ConfigError
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer, Shard
-from ziphius.layers.norm import RMSNorm
-from ziphius.layers.quantization import MatrixPart
+from ziphius.layers.weights import MatrixPart, Norm
 
 
 class Linear(Layer):
@@ -29,7 +29,7 @@ class Linear(Layer):
         y = self.weight(x)
         return y if self.bias is None else y.add_(self.bias)
 
-    def after_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def after_norm(self, x: Tensor, norm: Norm) -> Tensor:
         """self(norm(x))."""
         y = self.weight.after_norm(x, norm)
         return y if self.bias is None else y.add_(self.bias)
@@ -49,7 +49,7 @@ class Linear(Layer):
 
 
 class ReplicatedLinear(Linear):
-    """Whole on every rank; several outputs are merged into one product."""
+    """Every rank has the whole matrix. Several outputs are merged into one product."""
 
     def __init__(self, in_features: int, outs: Sequence[int], context: LayerContext, *, bias: bool = False) -> None:
         super().__init__(_stack([(out, None) for out in outs], in_features), in_features, bias, context)
@@ -59,7 +59,7 @@ class MergedColumnParallelLinear(Linear):
     """Each of the merged matrices gives every rank an equal share of its outputs."""
 
     def __init__(self, in_features: int, outs: Sequence[int], context: LayerContext, *, bias: bool = False) -> None:
-        cuts = [(out, _equal_share(out, 0, context, "output size")) for out in outs]
+        cuts = [(out, _output_share(out, context)) for out in outs]
         super().__init__(_stack(cuts, in_features), in_features, bias, context)
 
 
@@ -71,16 +71,16 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
 
 class PartlyParallelLinear(Linear):
-    """Every rank has an equal share of the first matrix's outputs, and the others whole."""
+    """Every rank has an equal share of the first matrix's outputs, and all of the others."""
 
     def __init__(self, in_features: int, parallel_out: int, outs: Sequence[int], context: LayerContext) -> None:
-        first = (parallel_out, _equal_share(parallel_out, 0, context, "output size"))
+        first = (parallel_out, _output_share(parallel_out, context))
         cuts = [first, *((out, None) for out in outs)]
         super().__init__(_stack(cuts, in_features), in_features, False, context)
 
 
 class QKVParallelLinear(Linear):
-    """q, k and v in one product, cut by heads; a KV head is replicated where there are more ranks than KV heads."""
+    """q, k and v in one product. Ranks share the heads; with more ranks than KV heads these are replicated."""
 
     def __init__(
         self, hidden: int, heads: int, kv_heads: int, head_dim: int, context: LayerContext, *, bias: bool = False
@@ -92,11 +92,14 @@ class QKVParallelLinear(Linear):
         first_kv_head = parallel.rank * kv_heads // parallel.size
         q = Shard(0, parallel.rank * self.heads * head_dim, self.heads * head_dim)
         kv = Shard(0, first_kv_head * head_dim, self.kv_heads * head_dim)
+        block = context.linear_format.block
+        require_whole_blocks("num_attention_heads x head_dim", heads * head_dim, q, block)
+        require_whole_blocks("num_key_value_heads x head_dim", kv_heads * head_dim, kv, block)
         cuts = [(heads * head_dim, q), (kv_heads * head_dim, kv), (kv_heads * head_dim, kv)]
         super().__init__(_stack(cuts, hidden), hidden, bias, context)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, out] -> views qk [T, heads + kv_heads, D], which are rotated together, and v [T, kv_heads, D]."""
+        """[T, out] -> views qk [T, heads + kv_heads, D], to be rotated together, and v [T, kv_heads, D]."""
         heads = qkv.view(qkv.shape[0], -1, self.head_dim)
         qk, v = heads.split_with_sizes([self.heads + self.kv_heads, self.kv_heads], dim=1)
         return qk, v
@@ -119,10 +122,11 @@ class RowParallelLinear(Linear):
         bias: bool = False,
         reduce: bool = True,
     ) -> None:
-        """`reduce` False leaves the sum to the caller (who then must not have a bias)."""
+        """`reduce` False leaves the sum over ranks to the caller; a bias is then not possible."""
         if bias and not reduce:
             raise ValueError("a bias may be added only after the sum over ranks")
-        share = _equal_share(in_features, 1, context, "input size")
+        share = equal_share(in_features, 1, context, "input size")
+        require_whole_blocks("input size", in_features, share, context.linear_format.block)
         part = MatrixPart((out_features, in_features), share, 0)
         super().__init__([part], share.length, bias, context)
         self._reduce = reduce
@@ -141,12 +145,12 @@ class RowParallelLinear(Linear):
 
 
 class VocabParallelEmbedding(Layer):
-    """Token ids to rows; every rank has an equal share of the vocabulary."""
+    """Turns token ids into rows. Every rank has an equal share of the vocabulary."""
 
     def __init__(self, vocab_size: int, hidden_size: int, context: LayerContext) -> None:
         self._context = context
         self._shape = (vocab_size, hidden_size)
-        self.shard = _equal_share(vocab_size, 0, context, "vocab_size")
+        self.shard = equal_share(vocab_size, 0, context, "vocab_size")
         self.weight = torch.empty((self.shard.length, hidden_size), dtype=context.dtype, device=context.device)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -163,17 +167,17 @@ class VocabParallelEmbedding(Layer):
 
 
 class ParallelLMHead(Layer):
-    """Hidden rows to logits; every rank has an equal share of the vocabulary, the shares are gathered.
+    """Turns hidden rows into logits. Every rank computes an equal share of the vocabulary, and then gathers them all.
 
-    Tied to an embedding it shares the embedding's memory where the format allows, and keeps a copy in its own
-    format otherwise.
+    A head that is tied to an embedding shares the embedding's memory where the format allows it; otherwise it keeps
+    a copy in its own format.
     """
 
     def __init__(self, embedding: VocabParallelEmbedding, tied: bool, context: LayerContext) -> None:
         self._context = context
         rows, columns = embedding.weight.shape
         shared = context.linear_format.tied(embedding.weight) if tied else None
-        self.weight = shared or context.linear_format.linear(rows, columns, context.device)
+        self.weight = shared or context.linear_format.head(rows, columns, context.device)
         self._reads_checkpoint = shared is None
         vocab = rows * context.parallel.size
         self._part = MatrixPart((vocab, columns), embedding.shard, 0)
@@ -184,18 +188,39 @@ class ParallelLMHead(Layer):
         return logits.float() if out is None else out.copy_(logits)
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
-        """`name`: the head's, or the embedding's when tied."""
+        """`name` is the head's, or the embedding's where the two are tied."""
         if self._reads_checkpoint:
             yield from self.weight.checkpoint_tensors(name, self._part)
 
 
-def _equal_share(total: int, dim: int, context: LayerContext, what: str) -> Shard:
+def equal_share(total: int, dim: int, context: LayerContext, what: str) -> Shard:
+    """This rank's share of `total` along dimension `dim`. ConfigError names `what` when the ranks do not divide it."""
     length = context.parallel.shard(total, what)
     return Shard(dim, context.parallel.rank * length, length)
 
 
+def require_whole_blocks(what: str, total: int, share: Shard, block: tuple[int, int]) -> None:
+    """ConfigError when `share` cuts a block of [out, in] weights that have one scale; it names `what`.
+
+    The whole dimension cuts none: its last block may be shorter.
+    """
+    side = block[share.dim]
+    if share.length != total and share.length % side:
+        raise ConfigError(
+            f"{what} {total}: a rank's share of {share.length} is not a multiple of {side}, the block of the weights "
+            f"format along the {'output' if share.dim == 0 else 'input'}",
+            param="tp",
+        )
+
+
+def _output_share(out: int, context: LayerContext) -> Shard:
+    share = equal_share(out, 0, context, "output size")
+    require_whole_blocks("output size", out, share, context.linear_format.block)
+    return share
+
+
 def _stack(cuts: Sequence[tuple[int, Shard | None]], in_features: int) -> list[MatrixPart]:
-    """Matrices [out, in_features] below one another, each with what this rank keeps of it."""
+    """The parts of a weight in which matrices [out, in_features] follow one another, each with this rank's share."""
     parts: list[MatrixPart] = []
     start = 0
     for out, shard in cuts:

@@ -1,4 +1,4 @@
-"""GatedMLP: the SwiGLU of a dense layer or of the shared experts."""
+"""GatedMLP: the SwiGLU of a dense layer or of shared experts (arXiv:2002.05202)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer
 from ziphius.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from ziphius.layers.norm import RMSNorm
+from ziphius.layers.weights import Norm
 
 
 class GatedMLP(Layer):
-    """down(silu(gate(x)) * up(x)); each rank has an equal share of the width."""
+    """down(silu(gate(x)) * up(x)). Each rank has an equal share of the width."""
 
     def __init__(
         self, hidden_size: int, width: int, context: LayerContext, *, bias: bool = False, reduce: bool = True
@@ -31,7 +31,7 @@ class GatedMLP(Layer):
         """silu(gate(x)) * up(x): [T, hidden] -> [T, width of this rank]."""
         return self._ops.silu_and_mul(self.gate_up_proj(x))
 
-    def onto(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def onto(self, x: Tensor, norm: Norm) -> Tensor:
         """x + self(norm(x))."""
         return self.down_proj.onto(self._ops.silu_and_mul(self.gate_up_proj.after_norm(x, norm)), x)
 

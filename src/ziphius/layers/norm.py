@@ -1,4 +1,4 @@
-"""RMSNorm, with the residual addition in front of it; the bodies are in ops."""
+"""RMSNorm, with the residual addition in front of it. Its bodies are in ops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ziphius.layers.layer import CheckpointTensor, Layer
 
 
 class RMSNorm(Layer):
-    """Root mean square normalisation of the last dimension; the weight is replicated on every rank."""
+    """Root mean square normalisation of the last dimension. Every rank has the whole weight."""
 
     def __init__(self, size: int, eps: float, context: LayerContext) -> None:
         self.weight = torch.empty(size, dtype=context.dtype, device=context.device)
@@ -23,7 +23,7 @@ class RMSNorm(Layer):
         return self._ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(normed, sum) of x + residual; without a residual, x is the sum. Both inputs may be overwritten."""
+        """(norm(x + residual), x + residual); without a residual, (norm(x), x). Both inputs may be overwritten."""
         if residual is None:
             return self(x), x
         return self._ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,24 +1,16 @@
-"""LayerOps: the small operations between matrix products, and which body a device gets; it holds no weights."""
+"""LayerOps: the small operations between matrix products, with their plain torch bodies."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ziphius.checkpoint.config import MoEConfig
-from ziphius.distributed import ParallelState
-
-if TYPE_CHECKING:
-    from ziphius.layers.mlp import GatedMLP
-    from ziphius.layers.moe import RoutedExperts
-    from ziphius.layers.norm import RMSNorm
-
 
 class LayerOps(Protocol):
-    """Bodies may reuse their inputs' memory where the docstring says so. T tokens, D a head's size."""
+    """The small operations of a device. An input is overwritten only where that is said. T tokens, D a head's size."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv:1910.07467)."""
@@ -33,22 +25,6 @@ class LayerOps(Protocol):
         """Rotary embedding (arXiv:2104.09864). x [T, heads, D], may be overwritten; cos and sin [T, D / 2] float32.
 
         The rotated pairs are (x[i], x[i + D/2]), or (x[2i], x[2i + 1]) when `interleaved`.
-        """
-
-    def mixture(
-        self,
-        x: Tensor,
-        norm: RMSNorm,
-        gate: Tensor,
-        routed: RoutedExperts,
-        shared: GatedMLP | None,
-        moe: MoEConfig,
-        parallel: ParallelState,
-    ) -> Tensor | None:
-        """A whole mixture of experts: x + the experts' sum for norm(x), all ranks' parts added, [T, hidden].
-
-        gate [experts, hidden]. None where this device has no kernels for weights of this format: the caller then
-        puts it together itself, and defines what it means.
         """
 
 
@@ -76,15 +52,3 @@ class TorchOps:
             return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
         a, b = x.float().chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-    def mixture(
-        self,
-        x: Tensor,
-        norm: RMSNorm,
-        gate: Tensor,
-        routed: RoutedExperts,
-        shared: GatedMLP | None,
-        moe: MoEConfig,
-        parallel: ParallelState,
-    ) -> Tensor | None:
-        return None

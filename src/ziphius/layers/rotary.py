@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies (plain, YaRN, llama3) and the angles of a step; it caches nothing."""
+"""Rotary position embedding: frequencies (plain, YaRN, llama3) and the angles of a step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def plain_frequencies(dim: int, theta: float) -> Tensor:
 
 
 def llama3_frequencies(dim: int, theta: float, scaling: Llama3RopeConfig) -> Tensor:
-    """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between blended.
+    """Llama 3.1 divides frequencies of long waves by `factor`, keeps those of short waves, and blends those between.
 
-    The bands are original_max_position_embeddings / low_freq_factor and / high_freq_factor, in tokens a turn.
+    Waves are long above original_max_position_embeddings / low_freq_factor tokens a turn, and short below
+    original_max_position_embeddings / high_freq_factor.
     """
     frequencies = plain_frequencies(dim, theta)
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -30,8 +31,9 @@ def llama3_frequencies(dim: int, theta: float, scaling: Llama3RopeConfig) -> Ten
 def yarn_frequencies(dim: int, theta: float, scaling: YarnConfig) -> Tensor:
     """YaRN's "NTK by parts" (arXiv:2309.00071, section 3.2), as DeepSeek's published model computes it.
 
-    Pairs that turn more than beta_fast times within the original context are kept, those that turn less than
-    beta_slow times are slowed by `factor`; between the two pair indices (rounded outwards) a linear ramp.
+    Pairs that turn more than beta_fast times within the original context keep their frequency; for those that turn
+    less than beta_slow times it is divided by `factor`. Between the two pair indices (rounded outwards) it changes
+    along a linear ramp.
     """
 
     def pair_that_turns(times: float) -> float:
@@ -41,32 +43,32 @@ def yarn_frequencies(dim: int, theta: float, scaling: YarnConfig) -> Tensor:
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
     width = high - low if high != low else 0.001
     kept = 1.0 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
-    # To the last bit as published: at position 160,000 one bit of a frequency is 0.001 of an angle.
+    # Equal to the published model in every bit: at position 160,000 one bit moves an angle by 0.001.
     slowed = 1.0 / (scaling.factor * theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     return slowed * (1 - kept) + plain_frequencies(dim, theta) * kept
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1; 1 when nothing is stretched."""
+    """YaRN's attention temperature: 0.1 * mscale * ln(factor) + 1, or 1 where `factor` does not stretch the context."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def yarn_rotary_scale(scaling: YarnConfig) -> float:
-    """What cos and sin are multiplied with: mscale's temperature over mscale_all_dim's.
+    """The factor of cos and sin: the temperature of mscale divided by that of mscale_all_dim.
 
-    This is the published model's ratio. transformers 5 agrees while both are set; with mscale_all_dim 0 it drops
-    mscale, DeepSeek's modeling_deepseek.py does not, and neither does this.
+    This is the published model's ratio. transformers 5 agrees while both are set. With mscale_all_dim 0 it ignores
+    mscale, which DeepSeek's modeling_deepseek.py and this function do not.
     """
     return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
 
 
 def yarn_softmax_scale(scaling: YarnConfig) -> float:
-    """What DeepSeek multiplies the softmax scale with: mscale_all_dim's temperature, squared (for q and for k)."""
+    """The factor of DeepSeek's softmax scale: mscale_all_dim's temperature, squared (once for q, once for k)."""
     return yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
 class RotaryEmbedding:
-    """Angles of positions. Every layer of a step shares one result."""
+    """Computes the angles of positions, once a step for all layers."""
 
     def __init__(
         self, dim: int, theta: float, scaling: YarnConfig | Llama3RopeConfig | None, device: torch.device

@@ -1,53 +1,53 @@
-"""make_linear_format and make_ops: which bodies of layers a device and a format get; it computes nothing."""
+"""make_linear_format and make_ops: which bodies of layers a device and a weights format get."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 import torch
 
-from ziphius.errors import ConfigError
+from ziphius.formats import FORMATS, Format, auto_format, format_named, format_of_dtype, unknown_format
 from ziphius.layers.ops import LayerOps, TorchOps
-from ziphius.layers.quantization import DenseFormat, Int8Format, LinearFormat, PackedInt8Format
+from ziphius.layers.weights import LinearFormat
 
 
 def make_linear_format(
     name: str, dtype: torch.dtype, device: torch.device, batch_invariant: bool = False
 ) -> LinearFormat:
-    """The format for --weights-format `name`: fp32, bf16, fp16, int8, or auto (int8 on a CPU, else `dtype`).
+    """The format for --weights-format `name`: fp32, bf16, fp16, int8, auto (int8 on a CPU, else `dtype`) or dtype.
 
-    `batch_invariant`: no result may depend, bit for bit, on what else is in the batch.
+    `batch_invariant`: no bit of a result may depend on what else is in the batch. ConfigError for a format that
+    the native engine does not have.
     """
     if name == "auto":
-        name = "int8" if device.type == "cpu" else "dtype"
-    if name == "int8":
-        return _int8_on_cpu() if device.type == "cpu" else Int8Format()
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "dtype": dtype}
-    if name not in types:
-        raise ConfigError(f"weights_format {name!r} is not one of fp32, bf16, fp16, int8", param="weights_format")
-    if device.type == "cuda" and has_gpu_kernels():
-        from ziphius.layers.cuda_weights import CudaDenseFormat
+        name = auto_format(device.type) or "dtype"
+    row = FORMATS[format_of_dtype(str(dtype).removeprefix("torch."))] if name == "dtype" else format_named(name)
+    body = None if row is None else _body(row, device)
+    if row is None or body is None:
+        raise unknown_format(name)
+    # Imported late: kernels take long to import, and the modules import the interfaces that are chosen among here.
+    made = importlib.import_module(f"ziphius.layers.{body}").make_format(row, device, batch_invariant)
+    assert isinstance(made, LinearFormat)
+    return made
 
-        return CudaDenseFormat(types[name], device, batch_invariant)
-    return DenseFormat(types[name])
+
+def _body(row: Format, device: torch.device) -> str | None:
+    """The module of this folder that computes `row` fastest on `device`."""
+    if device.type == "cuda" and has_gpu_kernels() and row.gpu_body is not None:
+        return row.gpu_body
+    if device.type == "cpu" and row.cpu_body is not None:
+        return row.cpu_body
+    return row.plain_body
 
 
 def has_gpu_kernels() -> bool:
-    """Whether there is a GPU, and Triton to compile for it: torch for CUDA brings it along on Linux."""
+    """Whether there is a GPU, and Triton to compile kernels for it. On Linux, torch for CUDA installs Triton too."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
-def _int8_on_cpu() -> LinearFormat:
-    # Imported late: it takes a second, and only this format needs it.
-    from ziphius.kernels.cpu.linear import Int8Linear
-    from ziphius.kernels.cpu.pool import ThreadPool, default_threads
-    from ziphius.kernels.cpu.quantize import PackedWeight
-
-    return PackedInt8Format(Int8Linear(ThreadPool(default_threads())), PackedWeight.zeros)
-
-
 def make_ops(device: torch.device, batch_invariant: bool = False) -> LayerOps:
-    """The fastest bodies there are for `device`; see make_linear_format for `batch_invariant`."""
+    """The fastest bodies for `device`. See make_linear_format for `batch_invariant`."""
     if device.type == "cuda" and has_gpu_kernels():
         from ziphius.layers.cuda_ops import CudaOps
 

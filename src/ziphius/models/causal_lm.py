@@ -16,7 +16,7 @@ from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import ParallelState
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.layer import CheckpointTensor
-from ziphius.layers.quantization import LinearFormat
+from ziphius.layers.weights import LinearFormat
 
 
 class CausalLM(Protocol):

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from ziphius.attention.backend import AttentionBackend, ProjectedTokens
 from ziphius.attention.batch import ForwardBatch
-from ziphius.checkpoint.config import LatentAttention, ModelConfig, MoEConfig, YarnConfig
+from ziphius.checkpoint.config import LatentAttention, ModelConfig, YarnConfig
 from ziphius.distributed import ParallelState
 from ziphius.errors import UnsupportedModel
-from ziphius.kernels.routing_reference import select_experts
 from ziphius.kv_cache.kv_pool import KVPool, LatentCache
 from ziphius.layers.context import LayerContext
 from ziphius.layers.layer import CheckpointTensor, Layer, Shard
@@ -28,11 +27,11 @@ from ziphius.layers.linear import (
     RowParallelLinear,
 )
 from ziphius.layers.mlp import GatedMLP
-from ziphius.layers.moe import RoutedExperts
+from ziphius.layers.moe import MixtureOfExperts
 from ziphius.layers.norm import RMSNorm
-from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding, yarn_softmax_scale
 from ziphius.layers.select import make_ops
+from ziphius.layers.weights import LatentSizes, LinearFormat, MatrixPart
 from ziphius.models.decoder import Decoder
 
 LATENT_NORM_EPS = 1e-6
@@ -40,26 +39,28 @@ LATENT_NORM_EPS = 1e-6
 
 
 class LatentExpansion(Layer):
-    """kv_b_proj, cut by heads into its key half and its value half. It stays float: decoding absorbs it."""
+    """kv_b_proj, cut by heads into its key half and its value half, which decoding absorbs."""
 
     def __init__(self, heads: int, mla: LatentAttention, context: LayerContext) -> None:
         local = context.parallel.shard(heads, "num_attention_heads")
         rows = mla.qk_nope_head_dim + mla.v_head_dim
-        self._shape = (heads * rows, mla.kv_lora_rank)
-        self._shard = Shard(0, context.parallel.rank * local * rows, local * rows)
-        sizes = (local, mla.qk_nope_head_dim, mla.kv_lora_rank)
-        self.w_uk = torch.empty(sizes, dtype=context.dtype, device=context.device)
-        sizes = (local, mla.kv_lora_rank, mla.v_head_dim)
-        self.w_uv = torch.empty(sizes, dtype=context.dtype, device=context.device)
+        shard = Shard(0, context.parallel.rank * local * rows, local * rows)
+        self._part = MatrixPart((heads * rows, mla.kv_lora_rank), shard, 0)
+        sizes = LatentSizes(heads=local, nope=mla.qk_nope_head_dim, value=mla.v_head_dim, lora=mla.kv_lora_rank)
+        self.weights = context.linear_format.latent(sizes, context.dtype, context.device)
+
+    @property
+    def w_uk(self) -> Tensor:
+        """[H, nope, lora]."""
+        return self.weights.w_uk
+
+    @property
+    def w_uv(self) -> Tensor:
+        """[H, lora, v]."""
+        return self.weights.w_uv
 
     def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
-        yield CheckpointTensor(f"{name}.weight", self._shape, self._shard, self._load)
-
-    def _load(self, weight: Tensor) -> None:
-        heads, nope = self.w_uk.shape[:2]
-        by_head = weight.view(heads, -1, weight.shape[1])
-        self.w_uk.copy_(by_head[:, :nope])
-        self.w_uv.copy_(by_head[:, nope:].transpose(1, 2))
+        yield from self.weights.checkpoint_tensors(name, self._part)
 
 
 class LatentProjection(Layer):
@@ -136,43 +137,6 @@ class DeepseekV2Attention(Layer):
         yield from self.o_proj.checkpoint_tensors(f"{name}.o_proj")
 
 
-class DeepseekV2MoE(Layer):
-    """Routed experts chosen by a gate, beside shared experts that every token passes."""
-
-    def __init__(self, hidden_size: int, moe: MoEConfig, context: LayerContext) -> None:
-        self._moe = moe
-        self._parallel = context.parallel
-        self._ops = context.ops
-        shape = (moe.n_routed_experts, hidden_size)
-        self.gate = torch.empty(shape, dtype=context.dtype, device=context.device)
-        self.experts = RoutedExperts(hidden_size, moe, context)
-        width = moe.shared_intermediate_size
-        self.shared_experts = GatedMLP(hidden_size, width, context, reduce=False) if width else None
-
-    def onto(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """x [T, hidden] -> x + the mixture for norm(x), [T, hidden]."""
-        whole = self._ops.mixture(x, norm, self.gate, self.experts, self.shared_experts, self._moe, self._parallel)
-        return x + self(norm(x)) if whole is None else whole
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        # In float32, as published: a near tie between experts must not be decided by rounding.
-        weights, ids = select_experts(x.float() @ self.gate.float().t(), self._moe)
-        out = self.experts(x, weights, ids)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        return self._parallel.all_reduce(out)
-
-    def checkpoint_tensors(self, name: str) -> Iterator[CheckpointTensor]:
-        yield CheckpointTensor(f"{name}.gate.weight", tuple(self.gate.shape), None, self._load_gate)
-        yield from self.experts.checkpoint_tensors(f"{name}.experts")
-        if self.shared_experts is not None:
-            yield from self.shared_experts.checkpoint_tensors(f"{name}.shared_experts")
-
-    def _load_gate(self, weight: Tensor) -> None:
-        self.gate.copy_(weight)
-
-
 class DeepseekV2Layer(Layer):
     """Attention and MLP or experts, each behind a norm, each added to the residual sum."""
 
@@ -181,9 +145,9 @@ class DeepseekV2Layer(Layer):
         self.input_layernorm = RMSNorm(hidden, eps, context)
         self.self_attn = DeepseekV2Attention(config, mla, context)
         self.post_attention_layernorm = RMSNorm(hidden, eps, context)
-        self.mlp: DeepseekV2MoE | GatedMLP
+        self.mlp: MixtureOfExperts | GatedMLP
         if config.moe is not None and config.is_moe_layer(layer_id):
-            self.mlp = DeepseekV2MoE(hidden, config.moe, context)
+            self.mlp = MixtureOfExperts(hidden, config.moe, context)
         else:
             self.mlp = GatedMLP(hidden, config.intermediate_size, context, bias=config.mlp_bias)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ziphius.layers.layer import Layer
-from ziphius.layers.quantization import ExpertWeights, LinearWeight
+from ziphius.layers.weights import ExpertWeights, LinearWeight
 
 _STD = 0.02
 """Hugging Face's initializer_range of these models."""

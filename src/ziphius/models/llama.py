@@ -18,9 +18,9 @@ from ziphius.layers.layer import CheckpointTensor, Layer
 from ziphius.layers.linear import QKVParallelLinear, RowParallelLinear
 from ziphius.layers.mlp import GatedMLP
 from ziphius.layers.norm import RMSNorm
-from ziphius.layers.quantization import LinearFormat
 from ziphius.layers.rotary import RotaryEmbedding
 from ziphius.layers.select import make_ops
+from ziphius.layers.weights import LinearFormat
 from ziphius.models.decoder import Decoder
 from ziphius.models.llama_cpu import LlamaLayerParts, llama_on_cpu
 

@@ -15,7 +15,7 @@ from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.context import LayerContext
 from ziphius.layers.linear import Linear
 from ziphius.layers.norm import RMSNorm
-from ziphius.layers.quantization import PackedInt8Format, PackedInt8Weight
+from ziphius.layers.packed_int8 import PackedInt8Format, PackedInt8Weight
 
 if TYPE_CHECKING:
     from ziphius.kernels.cpu.llama import LlamaLayerWeights, LlamaStack

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ziphius.config import option_fields
-from ziphius.planner.find_model import ModelSource
-from ziphius.planner.memory import WeightsFormat
-from ziphius.planner.plan import Device
+from ziphius.checkpoint.quantization import Quantization
+from ziphius.formats import FORMATS, Device, WeightsFormat
 from ziphius.planner.validity import Engine
-
-OF_SGLANG_ONLY = frozenset({"fp8"})
-"""Weights formats that --weights-format takes, and the native engine does not hold."""
-OF_CPU_ONLY = frozenset({"int8"})
-"""Weights formats that have kernels for CPUs alone: on a GPU plain torch would unpack them at every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +21,19 @@ class Abilities:
 
 
 def abilities() -> Abilities:
-    """Of this version, read from its own options."""
-    (option,) = (o for o in option_fields() if o.name == "weights_format")
-    cpu = frozenset(option.metadata["choices"]) - {"auto"} - OF_SGLANG_ONLY
-    return Abilities(cuda=cpu - OF_CPU_ONLY, cpu=cpu)
+    """Of this version, by its table of formats."""
+    cuda, cpu = (frozenset(row.name for row in FORMATS.values() if device in row.native) for device in ("cuda", "cpu"))
+    return Abilities(cuda=cuda, cpu=cpu)
 
 
 def not_yet(
-    able: Abilities, engine: Engine, device: Device, weights_format: WeightsFormat, source: ModelSource
+    able: Abilities, engine: Engine, device: Device, weights_format: WeightsFormat, stored: Quantization | None
 ) -> str | None:
-    """Why this version cannot run it, in a few words; None when it can. It says nothing of memory."""
+    """Why this version cannot run it, in a few words; None when it can. Memory does not count here."""
     if engine == "sglang":
         return None
-    if source.quantization is not None:
-        return f"checkpoints quantized with {source.quantization.method} are planned, not in this version"
+    if stored is not None:
+        return f"checkpoints quantized with {stored.method} are planned, not in this version"
     if weights_format in able.on(device):
         return None
     if weights_format in able.cpu:

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from ziphius.checkpoint.quantization import Quantization
+from ziphius.formats import FORMATS
 from ziphius.planner.commands import command_for, shortened
 from ziphius.planner.evaluate import Question, evaluate
-from ziphius.planner.find_model import Quantization
 from ziphius.planner.hardware import describe, emptied
 from ziphius.planner.plan import Alternative, Candidate
-
-_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "fp8": 8, "int4": 4}
 
 
 def alternatives_for(
     question: Question, asked: Sequence[Candidate], every: Sequence[Candidate]
 ) -> tuple[Alternative, ...]:
-    """At most one of each kind, the smallest change first. `asked`: what was evaluated on request; `every`: all."""
+    """At most one of each kind, the smallest change first.
+
+    `asked` are the candidates that the request is about, `every` all that were evaluated.
+    """
     return tuple(a for a in _search(question, asked, every) if a is not None)
 
 
 def _search(question: Question, asked: Sequence[Candidate], every: Sequence[Candidate]) -> Iterable[Alternative | None]:
     request = question.request
-    bits = max((_BITS[c.weights_format] for c in asked), default=16)
+    bits = max((_bits(c) for c in asked), default=16)
     same_size = [c for c in every if request.tp in (None, c.tp)]
     same_format = [c for c in every if request.weights_format in (None, c.weights_format)]
 
@@ -35,10 +37,10 @@ def _search(question: Question, asked: Sequence[Candidate], every: Sequence[Cand
     if request.tp is not None:
         resized = _of(question, "another size", same_format, lambda c: here(c) and c.tp != request.tp)
         yield resized
-    fewer = _of(question, "fewer bits", same_size, lambda c: here(c) and _BITS[c.weights_format] < bits)
+    fewer = _of(question, "fewer bits", same_size, lambda c: here(c) and _bits(c) < bits)
     yield fewer
     if request.tp is not None and resized is None and fewer is None:
-        yield _of(question, "fewer bits and another size", every, lambda c: here(c) and _BITS[c.weights_format] < bits)
+        yield _of(question, "fewer bits and another size", every, lambda c: here(c) and _bits(c) < bits)
     yield _fp8_checkpoint(question, same_size)
     freed = _freed(question, asked)
     yield freed
@@ -47,11 +49,11 @@ def _search(question: Question, asked: Sequence[Candidate], every: Sequence[Cand
 
 
 def _fp8_checkpoint(question: Question, candidates: Sequence[Candidate]) -> Alternative | None:
-    """What SGLang could do with a checkpoint that is fp8 already, where it cannot quantize this one."""
-    if question.source.quantization is not None:
+    """What SGLang could do with an fp8 checkpoint of this model, where it cannot quantize the given one itself."""
+    if question.config.quantization is not None:
         return None
-    stored = replace(question.source, quantization=Quantization("fp8", "fp8", blocks=True))
-    quantized = replace(question, source=stored)
+    stored = replace(question.config, quantization=Quantization("fp8", "fp8", blocks=True))
+    quantized = replace(question, source=replace(question.source, config=stored))
     tried = [evaluate(quantized, c.device, c.engine, c.tp, c.weights_format)
              for c in candidates
              if (c.engine, c.weights_format, c.verdict) == ("sglang", "fp8", "too_big")]  # fmt: skip
@@ -60,7 +62,7 @@ def _fp8_checkpoint(question: Question, candidates: Sequence[Candidate]) -> Alte
 
 
 def _freed(question: Question, asked: Sequence[Candidate]) -> Alternative | None:
-    """What would fit if nobody else used the GPUs."""
+    """What would fit if no other process used the GPUs."""
     empty = emptied(question.host)
     if empty == question.host:
         return None
@@ -79,16 +81,16 @@ def _freed(question: Question, asked: Sequence[Candidate]) -> Alternative | None
 def _of(
     question: Question, change: str, candidates: Iterable[Candidate], accepts: Callable[[Candidate], bool]
 ) -> Alternative | None:
-    """The best accepted candidate as an alternative: one that runs before one that does not, then most bits."""
+    """The best accepted candidate as an alternative: candidates that run come first, then those with most bits."""
     accepted = [c for c in candidates if accepts(c)]
     if not accepted:
         return None
 
     def order(c: Candidate) -> tuple[int, ...]:
-        return (c.missing_gpus, not c.runs, -_BITS[c.weights_format], c.engine != "native", c.tp)
+        return (c.missing_gpus, not c.runs, -_bits(c), c.engine != "native", c.tp)
 
     if change == "more GPUs":
-        best = min(accepted, key=lambda c: (-_BITS[c.weights_format], c.missing_gpus, c.not_yet is not None, c.engine))
+        best = min(accepted, key=lambda c: (-_bits(c), c.missing_gpus, c.not_yet is not None, c.engine))
     else:
         best = min(accepted, key=order)
     return Alternative(change, _detail(question, change, best), command_for(question, best) if best.runs else None)
@@ -104,3 +106,7 @@ def _detail(question: Question, change: str, best: Candidate) -> str:
         what = f"{best.missing_gpus} more GPU{plural} beside {have} ({what})"
     not_yet = f" ({best.not_yet})" if best.not_yet and not best.missing_gpus else ""
     return f"{what}: {best.reason}{not_yet}"
+
+
+def _bits(candidate: Candidate) -> int:
+    return FORMATS[candidate.weights_format].bits

@@ -1,4 +1,4 @@
-"""The plan inside `start`: a resolved config against a host; it probes and starts nothing."""
+"""The plan inside `start`: whether a resolved config fits a host."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from typing import cast
 
 from ziphius.config import ServeConfig
 from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
+from ziphius.formats import Device, resolve_formats
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, times
-from ziphius.planner.memory import WeightsFormat
-from ziphius.planner.plan import Candidate, Device, Plan, PlanRequest
-from ziphius.planner.planner import FORMATS, build_plan
+from ziphius.planner.plan import Candidate, Plan, PlanRequest
+from ziphius.planner.planner import build_plan
 from ziphius.planner.software import torch_build
-from ziphius.planner.validity import Engine, format_of_dtype, require_deterministic, require_tp
+from ziphius.planner.validity import Engine, require_deterministic, require_tp
 
 
 def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_cuda: bool | None = None) -> Plan:
     """The plan for exactly what `config` asks of the native engine; its `shown` is the candidate that will run.
 
-    DoesNotFit, with the numbers and the nearest changes, when it cannot be; ConfigError when --tp ranks cannot share
-    the model, or for a GPU that is not there. With several machines, the others are taken to be like `host`.
+    DoesNotFit, with the numbers and the nearest changes, when the model does not fit; ConfigError when --tp ranks
+    cannot share the model, or when a GPU is asked for and there is none. With several machines, the plan assumes
+    that the others are like `host`.
 
-    `torch_cuda`: whether torch has CUDA, so that --device auto means what it will mean to the engine (default:
-    read from the installed torch's files).
+    `torch_cuda`: whether torch has CUDA, which decides what --device auto means to the engine (default: read from
+    the installed torch's files).
     """
     if config.device == "cuda" and not host.gpus:
         why = f": {host.gpu_error}" if host.gpu_error else ""
@@ -30,7 +31,7 @@ def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_c
     request = request_of(config, host, source, torch_cuda)
     if config.deterministic and config.engine == "native":
         device = request.device or "cpu"
-        dtype, weights_format = formats_of(config, device)
+        dtype, weights_format = resolve_formats(device, config.dtype, config.weights_format)
         require_deterministic(device, dtype, weights_format)
     require_tp(source.config, config.tp, request.weights_format or "bf16", request.engine or "native")
     plan = build_plan(source, times(host, config.nnodes), request)
@@ -40,7 +41,7 @@ def check_start(config: ServeConfig, source: ModelSource, host: Host, *, torch_c
 
 
 def request_of(config: ServeConfig, host: Host, source: ModelSource, torch_cuda: bool | None = None) -> PlanRequest:
-    """A PlanRequest for what `config` says, `auto` made definite as the engine makes it."""
+    """A PlanRequest for what `config` says. Each `auto` is made definite as the engine does it."""
     device: Device = "cpu"
     if config.device == "cuda":
         device = "cuda"
@@ -50,12 +51,13 @@ def request_of(config: ServeConfig, host: Host, source: ModelSource, torch_cuda:
             torch_cuda = build is not None and build.cuda is not None
         device = "cuda" if torch_cuda else "cpu"
     engine = cast(Engine, config.engine)
-    dtype, weights_format = formats_of(config, device)
+    dtype, weights_format = resolve_formats(device, config.dtype, config.weights_format)
     if engine == "sglang" and config.dtype == "auto" and device == "cpu":
-        # It computes in the checkpoint's type on a CPU too.
+        # SGLang computes in the checkpoint's type on a CPU too.
         dtype, weights_format = "bfloat16", weights_format if config.weights_format != "auto" else "bf16"
-    if source.quantization is not None and config.weights_format == "auto":
-        weights_format = source.quantization.weights_format
+    stored = source.config.quantization
+    if stored is not None and stored.weights_format is not None and config.weights_format == "auto":
+        weights_format = stored.weights_format
     return PlanRequest(
         device=device,
         engine=engine,
@@ -71,26 +73,10 @@ def request_of(config: ServeConfig, host: Host, source: ModelSource, torch_cuda:
     )
 
 
-def formats_of(config: ServeConfig, device: Device) -> tuple[str, WeightsFormat]:
-    """(dtype, weights format), by the rule of engine/precision.py, which a test holds equal to this one.
-
-    On a CPU dtype is float32, and weights are int8 only where neither was asked for; on a GPU dtype is
-    bfloat16, and weights are held in it.
-    """
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if config.weights_format != "auto":
-        return dtype, cast(WeightsFormat, config.weights_format)
-    if device == "cpu" and config.dtype == "auto":
-        return dtype, FORMATS["cpu"][0]
-    return dtype, format_of_dtype(dtype)
-
-
 def refusal(plan: Plan) -> DoesNotFit:
-    """One sentence for a person: what was asked, why not, and the nearest changes that would do.
+    """One sentence for a person: what was asked, why it does not fit, and the nearest changes after which it would.
 
-    LacksMemory where nothing but memory is missing, which what runs may hold.
+    It is LacksMemory where only memory is missing: a server that runs now may hold it.
     """
     asked = plan.candidates[0] if plan.candidates else None
     text = f"{plan.model.name} does not fit here"

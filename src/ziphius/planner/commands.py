@@ -1,9 +1,10 @@
-"""The exact `ziphius start` command for a candidate, on either engine; it runs nothing."""
+"""The exact `ziphius start` command for a candidate, on either engine."""
 
 from __future__ import annotations
 
 import shlex
 
+from ziphius.formats import resolve_formats
 from ziphius.planner.evaluate import Question
 from ziphius.planner.plan import Candidate, PlanRequest
 
@@ -12,7 +13,7 @@ _WHOLE = 1024
 
 
 def shortened(kv_tokens: int) -> int:
-    """A context length to ask for where the cache holds `kv_tokens`: whole thousands (of 1024), where there are."""
+    """A context length to ask for where the cache holds `kv_tokens`: a multiple of 1024 where possible."""
     return kv_tokens // _WHOLE * _WHOLE or kv_tokens
 
 
@@ -22,7 +23,7 @@ def command_for(question: Question, candidate: Candidate) -> str:
 
 
 def _environment(question: Question, candidate: Candidate) -> str:
-    """CUDA_VISIBLE_DEVICES where the GPUs to use are not the first ones, which an engine would take."""
+    """CUDA_VISIBLE_DEVICES, where the GPUs to use are not the first ones, which an engine takes by itself."""
     gpus = question.host.gpus
     first = tuple(g.index for g in gpus[: candidate.tp])
     if candidate.device == "cpu" or candidate.gpus == first or any(g.mig for g in gpus):
@@ -53,8 +54,8 @@ def _ziphius_start(question: Question, candidate: Candidate) -> list[str]:
         words += ["--tp", str(candidate.tp)]
     if request.dtype is not None:
         words += ["--dtype", request.dtype]
-    default = "bf16" if candidate.device == "cuda" else "int8"
-    if question.source.quantization is None and (candidate.weights_format != default or request.dtype is not None):
+    _, default = resolve_formats(candidate.device, "auto", "auto")
+    if question.config.quantization is None and (candidate.weights_format != default or request.dtype is not None):
         words += ["--weights-format", candidate.weights_format]
     words += _context(question, candidate)
     fraction = request.mem_fraction if candidate.engine == "native" else candidate.mem_fraction

@@ -1,4 +1,4 @@
-"""One candidate at a time: does this engine, size and format fit this host, by how much; it compares nothing."""
+"""evaluate: whether one engine, tensor-parallel size and weights format fits a host, and by how much."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from dataclasses import dataclass, replace
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import DoesNotFit
+from ziphius.formats import FORMATS, Device, WeightsFormat, resolve_formats
 from ziphius.planner import memory, sglang
 from ziphius.planner.abilities import Abilities, not_yet
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Gpu, Host, card_of, usable_bytes, with_more_gpus
-from ziphius.planner.memory import GIB, BatchLimits, PoolLimits, WeightsFormat, gib
-from ziphius.planner.plan import Candidate, Device, PlanRequest, Verdict
+from ziphius.planner.memory import GIB, BatchLimits, PoolLimits, gib
+from ziphius.planner.plan import Candidate, PlanRequest, Verdict
 from ziphius.planner.roofline import roofline
 from ziphius.planner.validity import Engine, TpFailure, block_failures, tp_failures
 
 SGLANG_LEAST_RESERVE = 6 * GIB
-"""The least that a raised --mem-fraction-static may leave on a GPU, in our judgement: 0.93 on an H200 leaves 9.7."""
+"""A raised --mem-fraction-static must leave this much of a GPU, in our judgement: 0.93 on an H200 leaves 9.7 GiB."""
 SHORTEST_CONTEXT = 1024
-"""A cache of fewer tokens serves nobody."""
+"""A cache of fewer tokens is of no use."""
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -37,19 +38,19 @@ class Question:
         return self.source.config
 
     def kv_dtype(self, device: Device) -> str:
-        return self.request.dtype or ("bfloat16" if device == "cuda" else "float32")
+        return self.request.dtype or resolve_formats(device, "auto", "auto")[0]
 
 
 def evaluate(question: Question, device: Device, engine: Engine, tp: int, weights_format: WeightsFormat) -> Candidate:
-    """The verdict on one candidate. With more ranks than GPUs it is for the machine with as many as needed."""
+    """The verdict on one candidate. With more ranks than GPUs it is about this machine with the missing GPUs added."""
     config = question.config
-    able = not_yet(question.able, engine, device, weights_format, question.source)
+    able = not_yet(question.able, engine, device, weights_format, question.config.quantization)
     failures = _failures(question, engine, tp, weights_format)
     empty = Candidate(engine=engine, tp=tp, weights_format=weights_format, device=device, verdict="invalid",
                       reason="; ".join(f.message for f in failures), failures=failures, not_yet=able)  # fmt: skip
     if failures:
         return empty
-    contradiction = _contradiction(question.source, weights_format)
+    contradiction = _contradiction(question.config, weights_format)
     if contradiction:
         return replace(empty, verdict="unsupported", reason=contradiction)
     dtype = question.kv_dtype(device)
@@ -67,31 +68,31 @@ def evaluate(question: Question, device: Device, engine: Engine, tp: int, weight
     free = min(map(usable_bytes, gpus)) - memory.CUDA_CONTEXT - (memory.NCCL_BUFFERS if tp > 1 else 0)
     known = replace(known, memory_bytes=max(0, free))
     done = _sglang(question, known, gpus) if engine == "sglang" else _native(question, known)
-    # A slice has a part of its card's bandwidth, which NVML does not tell.
+    # A MIG slice has only a part of its card's bandwidth, and NVML does not say which.
     cards = [None if gpu.mig else card_of(gpu) for gpu in gpus]
     known_cards = [card for card in cards if card is not None]
     if len(known_cards) < len(cards):
         return done
-    # Ranks wait for one another: the slowest card tells the speed.
+    # Ranks wait for one another, so the slowest card decides the speed.
     slowest = min(known_cards, key=lambda card: card.bandwidth_gb_s)
     return replace(done, roofline=roofline(config, tp, weights_format, slowest, dtype))
 
 
 def _failures(question: Question, engine: Engine, tp: int, weights_format: WeightsFormat) -> tuple[TpFailure, ...]:
     failures = tp_failures(question.config, tp, weights_format, engine)
-    stored = question.source.quantization
+    stored = question.config.quantization
     if not failures and engine == "sglang" and stored is not None and stored.blocks:
         return block_failures(question.config, tp)
     return failures
 
 
-def _contradiction(source: ModelSource, weights_format: WeightsFormat) -> str | None:
-    """Why this model cannot be in that format on any machine."""
-    stored = source.quantization
+def _contradiction(config: ModelConfig, weights_format: WeightsFormat) -> str | None:
+    """Why this model cannot be held in that format on any machine."""
+    stored = config.quantization
     if stored is not None and weights_format != stored.weights_format:
         return f"the checkpoint is in {stored.weights_format} already"
-    if weights_format == "int4" and source.config.moe is None:
-        return "int4 is for routed experts, and this model has none"
+    if FORMATS[weights_format].beside_experts is not None and config.moe is None:
+        return f"{weights_format} is for routed experts, and this model has none"
     return None
 
 
@@ -149,7 +150,7 @@ def _limits(
 
 
 def _with_pool(question: Question, known: Candidate, limits: PoolLimits) -> Candidate:
-    """The native engine's pool, by the function that the engine itself calls."""
+    """With the size of the native engine's pool, from the function that the engine itself calls."""
     try:
         size = memory.kv_pool_tokens(question.config, known.tp, limits)
     except DoesNotFit as e:
@@ -161,7 +162,7 @@ def _with_pool(question: Question, known: Candidate, limits: PoolLimits) -> Cand
 
 
 def _judged(question: Question, known: Candidate, tokens: int) -> Candidate:
-    """The verdict on a cache of `tokens`, with the sentence that tells the numbers."""
+    """The verdict on a cache of `tokens`, with a sentence that gives the numbers."""
     context = question.context_length
     least = min(SHORTEST_CONTEXT, context)
     verdict: Verdict = "fits" if tokens >= context else "short" if tokens >= least else "too_big"
@@ -187,7 +188,7 @@ def _sglang(question: Question, known: Candidate, gpus: tuple[Gpu, ...]) -> Cand
                        reason="SGLang 0.5.16 stops while loading DeepSeek-V2 in int4 (AWQ)")  # fmt: skip
     loaded = sglang.loaded_bytes(config, tp, weights_format)
     known = replace(known, loaded_bytes=loaded)
-    online = weights_format == "fp8" and question.source.quantization is None
+    online = weights_format == "fp8" and question.config.quantization is None
     peak = sglang.loaded_bytes(config, tp, "bf16") if online else loaded
     if peak > free and online:
         reason = f"SGLang quantizes after loading: {gib(peak)} in bf16 first, {gib(free)} are free; an fp8 checkpoint"
@@ -199,7 +200,7 @@ def _sglang(question: Question, known: Candidate, gpus: tuple[Gpu, ...]) -> Cand
 
 
 def _sglang_pool(question: Question, known: Candidate, memory_total_mib: int) -> tuple[float, int]:
-    """(fraction, tokens): as asked, or SGLang's default, or raised where that gives one context enough room."""
+    """(fraction, tokens): the fraction asked for, else SGLang's default, raised where one context needs more room."""
     config, tp, dtype = question.config, known.tp, question.kv_dtype("cuda")
     free, loaded = known.memory_bytes, known.loaded_bytes
 

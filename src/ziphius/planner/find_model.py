@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from ziphius.checkpoint.config import ModelConfig
@@ -15,22 +14,11 @@ from ziphius.checkpoint.hub import DEFAULT_REVISION
 from ziphius.checkpoint.hub_cache import HubCache, hub_cache
 from ziphius.checkpoint.locate import ConfigFile, HubRepository, Packaged, WeightsFile, locate
 from ziphius.checkpoint.packaged import packaged_path
-from ziphius.errors import ModelError, ModelNotFound, UnsupportedModel
+from ziphius.checkpoint.quantization import require_known
+from ziphius.errors import ModelError, ModelNotFound
 from ziphius.installation import ziphius_home
-from ziphius.planner.memory import GROUP, WeightsFormat
 
 _CONNECT_SECONDS = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How the weights of a checkpoint that is quantized already are stored."""
-
-    method: str
-    """Its `quant_method`."""
-    weights_format: WeightsFormat
-    blocks: bool
-    """A scale for each 128 x 128 block, which a rank's share must not cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +34,6 @@ class ModelSource:
     """The folder or file on this machine. None: the model is not on this machine."""
     has_weights: bool
     """Whether `path` holds weight files."""
-    quantization: Quantization | None = None
 
 
 def find_model(model: str, env: Mapping[str, str], revision: str | None = None) -> ModelSource:
@@ -78,26 +65,10 @@ def _hugging_face(
     given: str, config_file: Path, name: str, origin: Literal["folder", "config.json", "hub", "hub cache"], folder: Path
 ) -> ModelSource:
     config = ModelConfig.from_file(config_file)
+    require_known(config.quantization, config_file)
     # Whether all files of the index are there is checked when the weights are loaded.
     has_weights = any(folder.glob("*.safetensors"))
-    return ModelSource(given, name, config, origin, folder, has_weights, _quantization(config_file))
-
-
-def _quantization(config_file: Path) -> Quantization | None:
-    data = json.loads(config_file.read_text(encoding="utf-8"))
-    found: Any = data.get("quantization_config")
-    if found is None:
-        return None
-    if not isinstance(found, Mapping) or not isinstance(found.get("quant_method"), str):
-        raise ModelError(f"{config_file}: quantization_config has no quant_method")
-    method, block = found["quant_method"], found.get("weight_block_size")
-    if method != "fp8" or block not in (None, [GROUP, GROUP]):
-        told = f"quant_method {method}" if method != "fp8" else f"weight_block_size {block}"
-        raise UnsupportedModel(
-            f"{config_file}: quantization_config has {told}, whose sizes are not known here (only fp8, whole or in "
-            f"blocks of [{GROUP}, {GROUP}])"
-        )
-    return Quantization(method, "fp8", block is not None)
+    return ModelSource(given, name, config, origin, folder, has_weights)
 
 
 def _gguf(given: str, path: Path, name: str) -> ModelSource:

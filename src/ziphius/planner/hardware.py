@@ -1,4 +1,4 @@
-"""Host: what the planner knows of a machine, named, recorded or probed; it measures nothing (probe.py does)."""
+"""Host: what the planner knows about a machine, which a user named or recorded, or which probe.py looked at."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ziphius.planner.memory import MIB
 
 
 class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """Who holds memory on a GPU. In a container the driver may tell neither name nor size."""
+    """A process that holds memory on a GPU. In a container the driver may give neither its name nor its size."""
 
     pid: int
     name: str = "unknown"
@@ -46,12 +46,12 @@ class Host(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cuda_version: str | None = None
     """The newest CUDA that the driver runs."""
     gpu_error: str | None = None
-    """Why no GPU could be asked, where there seems to be one."""
+    """Why the driver could not be asked about GPUs, although there seems to be one."""
     cpu_name: str = "CPU"
     cpu_cores: int | None = None
     memory_total_mib: int | None = None
     memory_available_mib: int | None = None
-    """What processes may still take, a container's limit included. None: not known (a named host)."""
+    """What processes may still allocate under the limit of their container. None: not known (a named host)."""
 
     def chosen(self, count: int) -> tuple[Gpu, ...]:
         """The `count` whole GPUs with the most free memory, in the driver's order; fewer when there are fewer."""
@@ -64,10 +64,10 @@ class Card(msgspec.Struct, frozen=True):
     """A GPU model. Memory as the driver reports it; rates from NVIDIA's data sheets, dense."""
 
     name: str
-    """As NVML tells it."""
+    """As NVML gives it."""
     memory_mib: int
     usable_mib: int
-    """What CUDA offers of it (the driver keeps the rest): the total that PyTorch's out-of-memory messages name."""
+    """The part that CUDA can use, which is the total in PyTorch's out-of-memory messages. The driver keeps the rest."""
     bandwidth_gb_s: int
     bf16_tflops: int
     fp8_tflops: int | None
@@ -126,7 +126,7 @@ def card_of(gpu: Gpu) -> Card | None:
     for card in CARDS.values():
         if _plain(card.name) == plain:
             return card
-    # "NVIDIA H100" alone, "RTX 4090" without its vendor. A name that goes on is another card ("RTX 4090 Laptop").
+    # "NVIDIA H100" without its form, "RTX 4090" without its vendor. A longer name is another card ("RTX 4090 Laptop").
     bare = plain.removeprefix("NVIDIA").removeprefix("GEFORCE")
     for short, card in CARDS.items():
         if _plain(short) == bare:
@@ -181,7 +181,7 @@ def read_host(path: Path) -> Host:
 
 
 def idle_bytes(gpu: Gpu) -> int:
-    """What a GPU offers when nobody uses it: its card's, else all that its processes hold besides what is free."""
+    """What a GPU offers when no process uses it: its card's number; for an unknown card what is free or held now."""
     card = card_of(gpu)
     if card is not None and card.memory_mib == gpu.memory_total_mib:
         return card.usable_mib * MIB
@@ -189,14 +189,14 @@ def idle_bytes(gpu: Gpu) -> int:
 
 
 def emptied(host: Host) -> Host:
-    """The same host with nobody on its GPUs."""
+    """The same host with no process on its GPUs."""
     gpus = tuple(replace(g, memory_free_mib=max(g.memory_free_mib, idle_bytes(g) // MIB), processes=())
                  for g in host.gpus)  # fmt: skip
     return replace(host, gpus=gpus)
 
 
 def with_more_gpus(host: Host, count: int) -> Host:
-    """The same host grown to `count` GPUs like its best one, idle: for telling what more GPUs would do."""
+    """The same host with idle GPUs added, like its best one, up to `count`: it shows what more GPUs would change."""
     whole = [g for g in host.gpus if not g.mig]
     if not whole or len(whole) >= count:
         return host

@@ -1,4 +1,4 @@
-"""Predicted against measured, once a rank has loaded: the lines for the log; it measures and logs nothing."""
+"""The lines for the log that compare predicted with measured memory, once a rank has loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 from ziphius.planner.memory import gib
 
 TOLERANCE = 0.03
-"""A measured value further than this from the predicted one is told as a warning."""
+"""A measured value that is further than this from the predicted one is logged as a warning."""
 
 
 class Loaded(Protocol):

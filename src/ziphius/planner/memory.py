@@ -1,6 +1,6 @@
 """The one memory formula: bytes of weights and cache on a rank, and how large the pool may be; no torch, no I/O.
 
-The planner, the check at start and the engine's pool sizing all call it, so a start can compare
+The planner, the check at start and the engine's pool sizing all call it. So a start can compare
 what was predicted with what was measured. All sizes are bytes of one tensor-parallel rank.
 """
 
@@ -13,27 +13,24 @@ from typing import Literal
 from ziphius.checkpoint.config import ModelConfig, MoEConfig
 from ziphius.checkpoint.parameters import Kind, Matrix, Part
 from ziphius.errors import DoesNotFit
+from ziphius.formats import FORMATS, Use, WeightsFormat
 
 GIB = 1 << 30
 MIB = 1 << 20
-GROUP = 128
-"""Side of an fp8 block, and length of an int4 group along the input."""
 CPU_SHARE = 0.25
-"""Of the memory left after loading, what the pool on a CPU may take unless --mem-fraction says otherwise."""
+"""Share of the memory left after loading that the pool on a CPU may take, unless --mem-fraction says otherwise."""
 CPU_KEEP_FREE = 0.10
-"""Of the memory left after loading, what stays free even where one context needs more than its share."""
+"""Share of the memory left after loading that stays free even where one context needs more than CPU_SHARE."""
 CUDA_WORKSPACE = 2 * GIB
 """CUDA graphs, expanded keys and values, libraries' workspaces, the allocator's rounding: an allowance."""
 CUDA_CONTEXT = 730 * MIB
 """What a process loses on a GPU to its CUDA context and libraries before it loads a model (727 on an H200)."""
 NCCL_BUFFERS = 512 * MIB
-"""And, with several ranks, to NCCL: an allowance."""
+"""What a process loses besides to NCCL, with several ranks: an allowance."""
 CPU_PROCESS = 512 * MIB
 """Main memory of a rank's process without weights and cache: interpreter, torch, buffers."""
 
-WeightsFormat = Literal["fp32", "bf16", "fp16", "int8", "fp8", "int4"]
-_FLOAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {row.dtype: row.bits // 8 for row in FORMATS.values() if row.dtype is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,57 +85,34 @@ def _moe(config: ModelConfig, moe: MoEConfig, tp: int, layers: int) -> Iterator[
 
 
 def matrix_bytes(matrix: Matrix, weights_format: WeightsFormat, float_bytes: int) -> int:
-    """Bytes that `matrix` takes in a format; `float_bytes` is the size of a value of what stays in the dtype.
+    """Bytes that `matrix` takes in a format, by its row in `formats`.
 
-    fp32, bf16, fp16: linears in that type; embedding, router, norms and MLA's kv_b (which decoding absorbs) in
-    the dtype. int8: one byte a weight and a float32 scale an output channel. fp8: one byte a weight and a float32
-    scale a 128 x 128 block, kv_b too, as DeepSeek-V3's checkpoints have it; embedding, head, router and norms stay.
-    int4: routed experts in groups of 128 along the input with a bf16 scale (4.125 bits); the rest as in fp8.
+    Embedding, router, norms and biases stay in the dtype, whose values have `float_bytes` each.
     """
-    rows, columns, copies = matrix.out_features, matrix.in_features, matrix.copies
-    stored = _stored_as(matrix, weights_format)
-    if stored == "dtype":
+    if matrix.kind == "float":
         return matrix.parameters * float_bytes
-    bias_bytes = copies * rows * float_bytes if matrix.bias else 0
-    if stored == "float":
-        size = _FLOAT_BYTES[weights_format]
-        if matrix.kind == "tied_head" and size == float_bytes:
-            return 0  # it is the embedding's own memory
-        return copies * rows * columns * size + bias_bytes
-    if stored == "int8":
-        return copies * rows * (columns + 4) + bias_bytes
-    if stored == "int4":
-        return copies * rows * (columns // 2 + _blocks(columns) * 2) + bias_bytes
-    return copies * (rows * columns + _blocks(rows) * _blocks(columns) * 4) + bias_bytes
+    stored = FORMATS[weights_format].of(_use(matrix))
+    if stored is None:
+        return matrix.parameters * float_bytes
+    if matrix.kind == "tied_head" and stored.dtype is not None and stored.bits == 8 * float_bytes:
+        return 0  # it is the embedding's own memory
+    bias_bytes = matrix.copies * matrix.out_features * float_bytes if matrix.bias else 0
+    return matrix.copies * stored.matrix_bytes(matrix.out_features, matrix.in_features) + bias_bytes
 
 
-def _stored_as(matrix: Matrix, weights_format: WeightsFormat) -> Literal["dtype", "float", "int8", "fp8", "int4"]:
-    kind = matrix.kind
-    if kind == "float":
-        return "dtype"
-    if weights_format in _FLOAT_BYTES:
-        return "dtype" if kind == "latent_up" else "float"
-    if weights_format == "int8":
-        return "dtype" if kind == "latent_up" else "int8"
+def _use(matrix: Matrix) -> Use:
     if matrix.part == "head":
-        return "dtype"
-    return "int4" if weights_format == "int4" and kind == "expert" else "fp8"
-
-
-def _blocks(size: int) -> int:
-    return -(-size // GROUP)
-
-
-def default_float_bytes(weights_format: WeightsFormat) -> int:
-    """Size of an unquantized value: int8 is the CPU's format, whose floats are float32; the others' are 16 bits."""
-    return 4 if weights_format in ("fp32", "int8") else 2
+        return "head"
+    if matrix.kind == "expert" or matrix.kind == "latent_up":
+        return matrix.kind
+    return "linear"
 
 
 def weight_bytes(
     config: ModelConfig, tp: int, weights_format: WeightsFormat, *, float_bytes: int | None = None
 ) -> WeightBytes:
     """Bytes of one rank's weights. `float_bytes`: size of a value in the dtype (default: what the format implies)."""
-    float_bytes = default_float_bytes(weights_format) if float_bytes is None else float_bytes
+    float_bytes = FORMATS[weights_format].usual_float_bytes if float_bytes is None else float_bytes
     parts: dict[str, int] = {}
     for matrix in matrices(config, tp):
         parts[matrix.part] = parts.get(matrix.part, 0) + matrix_bytes(matrix, weights_format, float_bytes)
@@ -267,7 +241,7 @@ def kv_pool_tokens(config: ModelConfig, tp: int, limits: PoolLimits) -> PoolSize
 
 
 def pool_room(limits: PoolLimits) -> int:
-    """Bytes that the pool of one rank may have at most, whatever is asked for."""
+    """The most bytes that the pool of one rank may have, whatever is asked for."""
     if limits.device == "cpu":
         share = CPU_SHARE if limits.mem_fraction is None else limits.mem_fraction
         room = limits.free_bytes // limits.ranks_on_host * max(share, 1 - CPU_KEEP_FREE)
@@ -279,7 +253,7 @@ def pool_room(limits: PoolLimits) -> int:
 
 
 def _unasked(limits: PoolLimits, most: int) -> int:
-    """Bytes that the pool takes of its own accord."""
+    """Bytes that the pool takes when no size is asked for."""
     if limits.device == "cuda":
         return most
     share = CPU_SHARE if limits.mem_fraction is None else limits.mem_fraction

@@ -1,4 +1,4 @@
-"""What fills each GPU under a plan, as segments for bars; it draws nothing."""
+"""bars: what fills each GPU under a plan, as segments of bars for a picture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One GPU (or main memory). `segments` follow one another; those of `over` lie beyond `total_bytes`."""
+    """One GPU, or main memory. Its segments lie side by side; a segment `over` lies beyond `total_bytes`."""
 
     label: str
     total_bytes: int
@@ -53,7 +53,7 @@ def bars(plan: Plan) -> tuple[Bar, ...]:
     for position, gpu in enumerate(gpus):
         slice_ = gpu.mig and sum(g.index == gpu.index for g in gpus[:position])
         label = f"GPU {gpu.index}" + (f" slice {slice_}" if gpu.mig else "")
-        # A slice is used alone; the GPUs of a whole-card candidate are named by number.
+        # Slices of one GPU share its number, and a candidate uses only the first of them.
         takes_part = gpu.index in used and not (gpu.mig and position != gpus.index(gpu))
         segments = _segments(gpu, shown if takes_part else None)
         found.append(Bar(label, gpu.memory_total_mib * MIB, segments, (gpu.index, gpu.name, gpu.mig) in have))
@@ -80,7 +80,7 @@ def _filled(taken: Segment, start_up: int, candidate: Candidate, total: int) -> 
 
 
 def _clipped(segments: list[Segment], total: int) -> tuple[Segment, ...]:
-    """Segments up to `total`; what lies beyond, whatever it is, as `over`; what is short of it, as reserve."""
+    """Segments cut at `total`: what lies beyond becomes one segment `over`, what is missing becomes reserve."""
     kept: list[Segment] = []
     room = total
     for segment in segments:

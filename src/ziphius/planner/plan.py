@@ -1,19 +1,19 @@
-"""What a plan says: requests, candidates, a recommendation; data only, and the shape of `--json`."""
+"""Plan and its parts: request, candidates, recommendation. Their fields are also the shape of `--json`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from ziphius.formats import Device, WeightsFormat
 from ziphius.planner.hardware import Host
-from ziphius.planner.memory import WeightBytes, WeightsFormat
+from ziphius.planner.memory import WeightBytes
 from ziphius.planner.roofline import Roofline
 from ziphius.planner.validity import Engine, TpFailure
 
-Device = Literal["cuda", "cpu"]
 Verdict = Literal["fits", "short", "too_big", "invalid", "unsupported"]
-"""fits: at least one request of the context length. short: only with a shorter context. too_big: not even that.
-invalid: the size does not divide the model. unsupported: this engine or this hardware cannot do it."""
+"""fits: there is room for at least one request of the context length. short: only for a shorter context. too_big: there
+is no room for that either. invalid: the size does not divide the model. unsupported: this engine or hardware cannot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,19 +44,19 @@ class Candidate:
     device: Device
     verdict: Verdict
     reason: str
-    """One sentence with the numbers."""
+    """Why this verdict: one sentence with the numbers."""
     failures: tuple[TpFailure, ...] = ()
     missing_gpus: int = 0
-    """How many GPUs like these would have to be added; the verdict is then for the larger machine."""
+    """How many GPUs like these would have to be added. The verdict is then about the larger machine."""
     not_yet: str | None = None
     """Why this version cannot run it, though it may fit; None when it can."""
     gpus: tuple[int, ...] = ()
-    """The driver's numbers of the GPUs it would use."""
+    """The GPUs that it would use, by the driver's numbers."""
     weights: WeightBytes | None = None
     loaded_bytes: int = 0
     """Weights and what the engine derives from them on loading."""
     memory_bytes: int = 0
-    """Free to a rank before loading: on a GPU after CUDA and NCCL, on a CPU its share of what is available."""
+    """What is free for a rank before loading: on a GPU after CUDA and NCCL, on a CPU its share of what is available."""
     reserve_bytes: int = 0
     """Kept free for activations, graphs and workspaces (on a CPU: what the cache leaves to the system)."""
     kv_bytes_per_token: int = 0
@@ -73,7 +73,7 @@ class Candidate:
 
     @property
     def runs(self) -> bool:
-        """Fits on the GPUs that are there, with this version, perhaps with a shorter context."""
+        """Whether it fits on the GPUs that are there and this version can run it, perhaps with a shorter context."""
         return self.verdict in ("fits", "short") and self.missing_gpus == 0 and self.not_yet is None
 
 
@@ -110,7 +110,7 @@ class ModelSummary:
     architecture: str
     parameters: int
     active_parameters: int
-    """That one token uses."""
+    """Parameters that one token uses."""
     layers: int
     max_context: int
     quantization: str | None
@@ -128,7 +128,7 @@ class Plan:
     context_length: int
     device: Device
     candidates: tuple[Candidate, ...]
-    """Those asked for."""
+    """Those that were asked for."""
     valid_tp: tuple[int, ...]
     """Every size up to 128 that divides the model in 16 bits."""
     fits: bool

@@ -1,10 +1,11 @@
-"""build_plan: every candidate, the one to take, and what would have to change; it probes and prints nothing."""
+"""build_plan: every candidate on a host, the recommended one, and what would have to change where none fits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from ziphius.errors import ConfigError
+from ziphius.formats import FORMATS, Device, WeightsFormat, planned_formats
 from ziphius.planner import memory
 from ziphius.planner.abilities import Abilities, abilities
 from ziphius.planner.alternatives import alternatives_for
@@ -12,15 +13,12 @@ from ziphius.planner.commands import command_for, shortened
 from ziphius.planner.evaluate import Question, evaluate
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host
-from ziphius.planner.memory import WeightsFormat, gib
-from ziphius.planner.plan import Candidate, Device, ModelSummary, Plan, PlanRequest, Recommendation
+from ziphius.planner.memory import gib
+from ziphius.planner.plan import Candidate, ModelSummary, Plan, PlanRequest, Recommendation
 from ziphius.planner.roofline import active_parameters
 from ziphius.planner.validity import Engine, valid_tp_sizes
 
 TP_SIZES = (1, 2, 3, 4, 5, 6, 8, 16)
-# In the order in which they are recommended: on a GPU as little loss as fits, on a CPU what is fastest there.
-FORMATS: dict[Device, tuple[WeightsFormat, ...]] = {"cuda": ("bf16", "fp8", "int4"), "cpu": ("int8", "bf16", "fp32")}
-SGLANG_FORMATS = ("bf16", "fp16", "fp32", "fp8", "int4")
 
 
 def build_plan(source: ModelSource, host: Host, request: PlanRequest, able: Abilities | None = None) -> Plan:
@@ -66,7 +64,7 @@ def _context_length(source: ModelSource, request: PlanRequest) -> int:
 
 
 def _shown_sizes(host: Host, device: Device) -> tuple[int, ...]:
-    """Those that everybody asks about, and all the GPUs that are there."""
+    """The usual sizes, and the number of GPUs that are there."""
     return (*TP_SIZES, len([g for g in host.gpus if not g.mig]) or 1) if device == "cuda" else (1,)
 
 
@@ -78,21 +76,23 @@ def _cells(
         formats = (request.weights_format, *formats)
     sizes = {request.tp or 1, *_shown_sizes(host, device)}
     if device == "cuda":
-        sizes.update(valid_tp_sizes(source.config, "bf16", "native"))  # a large model may need more than is shown
+        sizes.update(valid_tp_sizes(source.config, "bf16", "native"))  # a large model may need more GPUs than are shown
     both = device == "cuda" or request.engine == "sglang"
     engines: tuple[Engine, ...] = ("native", "sglang") if both else ("native",)
     for tp in sorted(sizes):
         for engine in engines:
             for weights_format in formats:
-                if engine == "native" or weights_format in SGLANG_FORMATS:
+                if engine == "native" or FORMATS[weights_format].sglang:
                     yield engine, tp, weights_format
 
 
 def _formats(source: ModelSource, device: Device) -> tuple[WeightsFormat, ...]:
-    """Those worth telling: a checkpoint that is quantized already has one; without experts there is no int4."""
-    if source.quantization is not None:
-        return (source.quantization.weights_format,)
-    return tuple(f for f in FORMATS[device] if f != "int4" or source.config.moe is not None)
+    """The formats to show: a checkpoint that is quantized already has one; a model without experts has no int4."""
+    stored = source.config.quantization
+    if stored is not None and stored.weights_format is not None:
+        return (stored.weights_format,)
+    has_experts = source.config.moe is not None
+    return tuple(f for f in planned_formats(device) if has_experts or FORMATS[f].beside_experts is None)
 
 
 def _is_asked(candidate: Candidate, request: PlanRequest) -> bool:
@@ -100,15 +100,15 @@ def _is_asked(candidate: Candidate, request: PlanRequest) -> bool:
 
 
 def _counts(candidate: Candidate, request: PlanRequest) -> bool:
-    """Whether it fits as asked: who asked for no context length is served with a shorter one too."""
+    """Whether it fits as asked. A shorter context counts too where no context length was asked for."""
     if candidate.missing_gpus:
         return False
     return candidate.verdict == "fits" or (candidate.verdict == "short" and request.context_length is None)
 
 
 def _rank(candidate: Candidate, device: Device) -> tuple[int, ...]:
-    """Least is best: the whole context, little loss, our own engine, few GPUs."""
-    formats = ("fp32", "fp16", *FORMATS[device]) if device == "cuda" else FORMATS[device]
+    """A key whose smallest value is the best candidate: whole context, best format, native engine, fewest GPUs."""
+    formats = planned_formats(device)  # more than one format is compared only where these are
     return (
         ("fits", "short", "too_big", "unsupported", "invalid").index(candidate.verdict),
         formats.index(candidate.weights_format) if candidate.weights_format in formats else len(formats),
@@ -123,7 +123,7 @@ def _best(asked: tuple[Candidate, ...], request: PlanRequest, device: Device) ->
 
 
 def _nearest(asked: tuple[Candidate, ...], device: Device) -> Candidate | None:
-    """What to draw where nothing runs: what would, else the least too big on the GPUs that are there."""
+    """What to draw where nothing runs: a candidate that would fit, else the one that is too big by the least."""
     drawable = [c for c in asked if c.weights is not None and c.memory_bytes]
     there = [c for c in drawable if not c.missing_gpus] or drawable
     fitting = [c for c in there if c.verdict in ("fits", "short")]
@@ -148,7 +148,7 @@ def _recommendation(question: Question, best: Candidate) -> Recommendation:
 
 
 def _summary(source: ModelSource, device: Device, question: Question, asked: tuple[Candidate, ...]) -> ModelSummary:
-    config = source.config
+    config, stored = source.config, source.config.quantization
     tp = min((c.tp for c in asked if not c.failures), default=1)
     return ModelSummary(
         name=source.name,
@@ -159,25 +159,25 @@ def _summary(source: ModelSource, device: Device, question: Question, asked: tup
         active_parameters=active_parameters(config),
         layers=config.num_hidden_layers,
         max_context=config.max_position_embeddings,
-        quantization=None if source.quantization is None else source.quantization.method,
+        quantization=None if stored is None else stored.method,
         kv_bytes_per_token=memory.kv_bytes_per_token(config, tp, question.kv_dtype(device)),
         kv_replicated=config.attention.cache_replicated,
     )
 
 
 def _notes(question: Question, asked: tuple[Candidate, ...], device: Device) -> Iterable[str]:
-    source, host = question.source, question.host
+    source, host, stored = question.source, question.host, question.config.quantization
     if not source.has_weights and source.origin in ("folder", "config.json"):
         yield "there are no weights beside this config: a plan needs none, the command does"
-    if source.quantization is not None:
-        yield f"this checkpoint is quantized already ({source.quantization.method})"
+    if stored is not None:
+        yield f"this checkpoint is quantized already ({stored.method})"
     if device == "cpu" and host.gpu_error:
         yield f"a GPU driver is here but could not be asked: {host.gpu_error}"
     if device == "cpu":
         return
     for gpu in host.gpus:
         taken = gpu.memory_total_mib - gpu.memory_free_mib
-        # The driver keeps some for itself: an idle H200 tells 0.4%.
+        # The driver keeps some memory for itself: 0.4% of an idle H200.
         if taken > max(2048, gpu.memory_total_mib // 50):
             who = ", ".join(
                 f"{p.name} (pid {p.pid}{'' if p.used_mib is None else f', {gib(p.used_mib * memory.MIB)}'})"

@@ -1,4 +1,4 @@
-"""Ask this machine: NVML for the GPUs, the kernel for main memory; it decides nothing and starts nothing."""
+"""probe_host: this machine's GPUs as NVML reports them, and its main memory as the kernel does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NVIDIA_DEVICE = Path("/proc/driver/nvidia/version")
 
 
 def probe_host(nvml: Any = None) -> Host:
-    """This machine now. Without a driver, or where it fails, a host without GPUs that may tell why.
+    """This machine now. Without a driver, or where the driver fails, a host without GPUs whose gpu_error may say why.
 
     `nvml`: the pynvml module, or a stand-in with its functions.
     """
@@ -34,14 +34,14 @@ def probe_host(nvml: Any = None) -> Host:
 
 
 def available_memory() -> int:
-    """Bytes of main memory that processes may still take: the kernel's estimate, cut by a container's limit."""
+    """Bytes of main memory that processes may still allocate: the kernel's estimate, or a container's limit if less."""
     available = int(psutil.virtual_memory().available)
     rooms = [limit - used for limit, used in map(group_memory, own_groups(_CGROUPS)) if limit is not None]
     return max(0, min([available, *rooms]))
 
 
 def own_groups(root: Path, membership: Path = Path("/proc/self/cgroup")) -> list[Path]:
-    """The control groups that this process is in, from its own up to the root: a limit may sit on any of them."""
+    """The control groups that this process belongs to, its own and all above it: each of them may have a limit."""
     folders = [root, root / "memory"]
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
@@ -59,7 +59,7 @@ def own_groups(root: Path, membership: Path = Path("/proc/self/cgroup")) -> list
 def group_memory(folder: Path) -> tuple[int | None, int]:
     """(limit or None, bytes used that the kernel cannot take back) of one control group, version 2 or 1.
 
-    Page cache counts as used there, but is given back under pressure: it is subtracted.
+    The kernel counts page cache as used, but gives it back when memory is short, so it is subtracted here.
     """
     for limit_file, used_file, cache_key in (
         ("memory.max", "memory.current", "inactive_file"),
@@ -71,7 +71,7 @@ def group_memory(folder: Path) -> tuple[int | None, int]:
             stat = (folder / "memory.stat").read_text(encoding="ascii")
         except (OSError, ValueError):  # no such file, or "max"
             continue
-        if limit >= 1 << 60:  # version 1's way of saying that there is none
+        if limit >= 1 << 60:  # in version 1 this means that there is no limit
             continue
         cached = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith(cache_key + " "))
         return limit, max(0, used - cached)
@@ -97,7 +97,7 @@ def _with_gpus(host: Host, nvml: Any) -> Host:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as e:
-        # Without a driver there is nothing to explain; with one, it refused.
+        # Without a driver there is nothing to explain. With a driver, the error says why it refused.
         return replace(host, gpu_error=str(e)) if _NVIDIA_DEVICE.exists() else host
     try:
         gpus: list[Gpu] = []
@@ -116,7 +116,7 @@ def _with_gpus(host: Host, nvml: Any) -> Host:
 
 
 def _visible(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
-    """Those that CUDA_VISIBLE_DEVICES leaves, by number; names (UUIDs) are not looked up and leave all."""
+    """The GPUs whose numbers CUDA_VISIBLE_DEVICES names; all of them where it names GPUs by UUID."""
     if visible is None or not all(part.strip().isdigit() for part in visible.split(",") if part.strip()):
         return gpus
     wanted = {int(part) for part in visible.split(",") if part.strip()}
@@ -124,7 +124,7 @@ def _visible(gpus: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
 
 
 def _device(nvml: Any, handle: Any, index: int) -> list[Gpu]:
-    """The GPU, or its MIG slices where it is cut into some."""
+    """The GPU, or its MIG slices where MIG is on."""
     name = _text(nvml.nvmlDeviceGetName(handle))
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     if _mig_enabled(nvml, handle):

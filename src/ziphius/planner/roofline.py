@@ -1,6 +1,7 @@
-"""Upper bounds of speed from bytes touched and operations needed; it knows nothing of kernels or communication.
+"""Upper bounds of speed, from the bytes that a step reads and the operations that it needs.
 
-Every number is what the data sheet's bandwidth and arithmetic would allow if nothing else cost time.
+Every number is what the data sheet's bandwidth and arithmetic would allow if nothing else cost time: kernels and
+communication do not appear here.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziphius.checkpoint.config import ModelConfig
+from ziphius.formats import FORMATS, WeightsFormat
 from ziphius.planner.hardware import Card
-from ziphius.planner.memory import WeightsFormat, default_float_bytes, kv_bytes_per_token, matrices, matrix_bytes
+from ziphius.planner.memory import kv_bytes_per_token, matrices, matrix_bytes
 
 BATCHES = (1, 8, 32, 128)
 CONTEXT_TOKENS = 1024
@@ -18,7 +20,7 @@ CONTEXT_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class DecodeBound:
-    """At most `tokens_per_s` over the whole batch, each request having CONTEXT_TOKENS in its cache."""
+    """At most `tokens_per_s` over the whole batch, where each request has CONTEXT_TOKENS in its cache."""
 
     batch: int
     tokens_per_s: float
@@ -38,15 +40,15 @@ class Roofline:
 def expected_distinct_experts(experts: int, per_token: int, batch: int) -> float:
     """How many of `experts` a batch touches: E x (1 - (1 - k/E)^b), every expert being equally likely.
 
-    Groups (`group_limited_greedy`) do not change it: a token still takes each expert with probability k/E, and
-    the expectation needs nothing else, however one token's choices hang together. Skewed routing touches fewer
-    (the sum of 1 - (1 - p)^b under a fixed sum of p is largest for equal p), so this never counts too few bytes.
+    Groups (`group_limited_greedy`) do not change it: a token still takes each expert with probability k/E, and the
+    expectation does not depend on how the choices of one token are related. Uneven routing touches fewer experts
+    (for a fixed sum of p, the sum of 1 - (1 - p)^b is largest for equal p), so this never counts too few bytes.
     """
     return experts * (1.0 - (1.0 - per_token / experts) ** batch)
 
 
 def roofline(config: ModelConfig, tp: int, weights_format: WeightsFormat, card: Card, kv_dtype: str) -> Roofline:
-    """Bounds for `tp` ranks on equal cards. Communication between ranks and launches are free here."""
+    """Bounds for `tp` ranks on equal cards. Communication between ranks and launches of kernels cost nothing here."""
     decode = tuple(_decode(config, tp, weights_format, card, kv_dtype, batch) for batch in BATCHES)
     flops = prefill_flops_per_token(config, tp)
     return Roofline(decode, peak_flops(card, weights_format) / flops)
@@ -72,7 +74,7 @@ def prefill_flops_per_token(config: ModelConfig, tp: int) -> int:
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters that one token uses: all but the routed experts it is not sent to, and the unread embedding rows."""
+    """Parameters that one token uses: without the routed experts that it does not take and the other embedding rows."""
     head = config.vocab_size * config.hidden_size
     return prefill_flops_per_token(config, 1) // 2 + head
 
@@ -80,11 +82,11 @@ def active_parameters(config: ModelConfig) -> int:
 def decode_bytes(
     config: ModelConfig, tp: int, weights_format: WeightsFormat, batch: int, kv_dtype: str, context: int
 ) -> int:
-    """Bytes that one rank reads in one decode step: each weight once, of the experts those that are hit, and the cache.
+    """Bytes that one rank reads in one decode step: each weight once, and the cache.
 
-    Of the embedding only the batch's rows.
+    Of the routed experts only those count that some token takes, of the embedding only the batch's rows.
     """
-    float_bytes = default_float_bytes(weights_format)
+    float_bytes = FORMATS[weights_format].usual_float_bytes
     total = batch * config.hidden_size * float_bytes
     for matrix in matrices(config, tp):
         if matrix.part == "embedding":

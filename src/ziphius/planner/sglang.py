@@ -1,4 +1,4 @@
-"""SGLang's own memory rule, with its flags, as far as a plan needs it; it starts nothing.
+"""SGLang's own memory rule, with its flags, as far as a plan needs it.
 
 Rule of `server_args._handle_gpu_memory_settings` in SGLang 0.5.16; measured beside it: docs/planning.md.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ziphius.checkpoint.config import ModelConfig, YarnConfig
-from ziphius.planner.memory import WeightsFormat, kv_bytes_per_token, matrices, weight_bytes
+from ziphius.formats import FORMATS, WeightsFormat
+from ziphius.planner.memory import kv_bytes_per_token, matrices, weight_bytes
 
 # GPU memory below this many MiB -> (chunked prefill, graph batch, graph batch when tp >= 4).
 _TIERS = (
@@ -34,7 +35,7 @@ class SglangDefaults:
 
 
 def defaults(memory_total_mib: int, tp: int, *, chunked_prefill_size: int | None = None) -> SglangDefaults:
-    """`memory_total_mib` as nvidia-smi tells it, of the smallest GPU in use; pipeline size 1, no dp attention."""
+    """For a smallest GPU of `memory_total_mib` (nvidia-smi's number), with pipeline size 1 and without dp attention."""
     chunk, few_ranks, many_ranks = _LARGEST
     for limit, tier_chunk, tier_few, tier_many in _TIERS:
         if memory_total_mib < limit:
@@ -57,7 +58,8 @@ def loaded_bytes(config: ModelConfig, tp: int, weights_format: WeightsFormat) ->
     """
     weights = weight_bytes(config, tp, weights_format)
     kv_b = sum(m.parameters for m in matrices(config, tp) if m.kind == "latent_up")
-    extra = kv_b * (1 if weights_format in ("fp8", "int4") else 2)
+    stored = FORMATS[weights_format].of("latent_up")
+    extra = kv_b * (2 if stored is None else stored.bits // 8)
     return weights.total + extra + rotary_table_bytes(config)
 
 

@@ -1,4 +1,4 @@
-"""Which programs are installed, read from their files; torch is never imported for it."""
+"""Which programs are installed, read from their files: importing torch to ask it would take seconds."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Package:
 
 
 def packages(requirements: Iterable[str] | None = None) -> tuple[Package, ...]:
-    """Ziphius' own requirements (or those given), extras left out."""
+    """Ziphius' own requirements, or those given, without the extras."""
     from packaging.requirements import Requirement
 
     lines = importlib.metadata.requires("ziphius") or [] if requirements is None else requirements

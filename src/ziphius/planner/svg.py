@@ -1,4 +1,4 @@
-"""A plan as a picture: each GPU a bar of what fills it; a string of SVG, written by the caller."""
+"""svg: a plan as a picture, in which each GPU is a bar of what fills it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FONT = 'font-family="system-ui, sans-serif"'
 
 
 def svg(plan: Plan) -> str:
-    """A whole SVG document. Bars share one scale; hovering over a segment tells its name and size."""
+    """A whole SVG document. All bars have one scale; a segment shows its name and size under the mouse pointer."""
     drawn = bars(plan)
     longest = max((sum(s.nbytes for s in bar.segments) for bar in drawn), default=1) or 1
     lines = [line for text in _under_the_title(plan) for line in textwrap.wrap(text, _LINE_CHARACTERS)]

@@ -1,4 +1,4 @@
-"""Which tensor-parallel sizes a model allows, dimension by dimension, with the remainders; it counts no bytes."""
+"""Which tensor-parallel sizes a model allows, dimension by dimension, with the remainders."""
 
 from __future__ import annotations
 
@@ -8,24 +8,16 @@ from typing import Literal
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import ConfigError
-from ziphius.planner.memory import GROUP, WeightsFormat
+from ziphius.formats import FORMATS, Use, WeightsFormat, format_of_dtype
 
 Engine = Literal["native", "sglang"]
 SGLANG_VOCAB_PADDING = 64
-"""SGLang pads the vocabulary to a multiple of this before it is shared out."""
+"""SGLang pads the vocabulary to a multiple of this before the ranks share it."""
 LARGEST_TP = 128
 
 
-_FORMAT_OF_DTYPE: dict[str, WeightsFormat] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def format_of_dtype(dtype: str) -> WeightsFormat:
-    """Weights held in the type of the activations."""
-    return _FORMAT_OF_DTYPE[dtype]
-
-
 def require_deterministic(device: str, dtype: str, weights_format: WeightsFormat) -> None:
-    """ConfigError where --deterministic cannot be kept: other products cut their sums by the batch."""
+    """ConfigError where --deterministic cannot be kept: how other products split their sums depends on the batch."""
     if device != "cuda":
         raise ConfigError("deterministic is for a GPU, and this would run on a CPU", param="deterministic")
     if weights_format != format_of_dtype(dtype):
@@ -44,7 +36,7 @@ class TpFailure:
     """Its name in config.json; several joined with ` x ` for a product."""
     size: int
     divisor: int
-    """tp, or 128 where the share of a rank must be a multiple of the block."""
+    """tp, or the side of a block where the share of a rank must be whole blocks."""
     remainder: int
     message: str
 
@@ -53,19 +45,19 @@ def tp_failures(config: ModelConfig, tp: int, weights_format: WeightsFormat, eng
     """Why `tp` ranks cannot share this model; () when they can.
 
     Every rank takes an equal share of the vocabulary, the attention heads and each MLP's width (expert,
-    shared, dense). A Llama's key/value heads are shared out or, with more ranks than heads, replicated.
-    With 128-blocks (fp8) or groups of 128 (int4 experts) and tp > 1 every share must be whole blocks.
+    shared, dense). The ranks share a Llama's key/value heads; with more ranks than heads, heads are replicated.
+    With blocks (fp8) or groups (int4 experts) and tp > 1 every share must be a whole number of them.
     """
     if tp == 1:
         return ()
     failures = list(_undivided(config, tp, engine))
-    if not failures and weights_format in ("fp8", "int4") and engine == "native":
+    if not failures and FORMATS[weights_format].block != (1, 1) and engine == "native":
         failures = list(_broken_blocks(config, tp, weights_format))
     return tuple(failures)
 
 
 def block_failures(config: ModelConfig, tp: int) -> tuple[TpFailure, ...]:
-    """Shares that break fp8's 128-blocks: for checkpoints that are quantized already, on any engine."""
+    """Shares that cut fp8's blocks: for checkpoints that are quantized already, on any engine."""
     return tuple(_broken_blocks(config, tp, "fp8")) if tp > 1 else ()
 
 
@@ -120,10 +112,13 @@ def _widths(config: ModelConfig) -> list[tuple[str, str, int]]:
 
 def _broken_blocks(config: ModelConfig, tp: int, weights_format: WeightsFormat) -> Iterator[TpFailure]:
     sizes = [*_widths(config), *config.attention.sharded_dimensions(tp)]
-    what = "int4 groups" if weights_format == "int4" else "fp8 blocks"
     for dimension, label, size in sizes:
-        share = size // tp
-        if share % GROUP:
-            blocks = what if label == "expert width" else "fp8 blocks"
-            text = f"{label} {size:,} / {tp} = {share:,} = {share // GROUP} x {GROUP} + {share % GROUP} ({blocks})"
-            yield TpFailure(dimension, size, GROUP, share % GROUP, text)
+        use: Use = "expert" if label == "expert width" else "linear"
+        stored = FORMATS[weights_format].of(use)
+        if stored is None or stored.scales is None:
+            continue
+        share, side = size // tp, max(stored.block)
+        if share % side:
+            blocks = f"{share // side} x {side} + {share % side} ({stored.scales.unit})"
+            text = f"{label} {size:,} / {tp} = {share:,} = {blocks}"
+            yield TpFailure(dimension, size, side, share % side, text)

@@ -8,9 +8,9 @@ from pathlib import Path
 from ziphius.checkpoint.checkpoint import Checkpoint
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
+from ziphius.formats import format_named
 from ziphius.installation import package_version
 from ziphius.ipc.messages import LoadProgress
-from ziphius.planner.memory import WeightsFormat
 from ziphius.planner.validity import require_tp
 from ziphius.ranks.failures import Failure, Failures
 from ziphius.ranks.group import RankGroup
@@ -84,5 +84,6 @@ def hello_of(config: ServeConfig, checkpoint: Checkpoint) -> NodeHello:
 
 def check_tp(config: ServeConfig, model: ModelConfig) -> None:
     """ConfigError when --tp ranks cannot share the model: before anything is started for it."""
-    weights: dict[str, WeightsFormat] = {"fp8": "fp8", "int4": "int4"}
-    require_tp(model, config.tp, weights.get(config.weights_format, "bf16"))
+    asked = format_named(config.weights_format)
+    # What `auto` means depends on the device, but no format that it means has blocks.
+    require_tp(model, config.tp, "bf16" if asked is None else asked.name)

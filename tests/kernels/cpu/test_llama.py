@@ -13,8 +13,9 @@ from ziphius.attention.torch_reference import TorchBackend
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
 from ziphius.kv_cache.kv_pool import KVPool
-from ziphius.layers.quantization import Int8Format, LinearFormat
+from ziphius.layers.int8 import Int8Format
 from ziphius.layers.select import make_linear_format
+from ziphius.layers.weights import LinearFormat
 from ziphius.models.llama import LlamaForCausalLM
 from ziphius.models.llama_cpu import LlamaOnCpu
 

@@ -29,8 +29,8 @@ from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
 from ziphius.kernels.gpu.device import Gpu
 from ziphius.kv_cache.kv_pool import KVPool
+from ziphius.layers.cuda_dense import CudaDenseFormat
 from ziphius.layers.cuda_ops import CudaOps
-from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.models import deepseek_v2
 
 META = torch.device("meta")

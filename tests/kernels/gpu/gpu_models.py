@@ -14,8 +14,8 @@ from ziphius.attention.cuda import CudaBackend
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.distributed import SINGLE
+from ziphius.layers.cuda_dense import CudaDenseFormat
 from ziphius.layers.cuda_ops import CudaOps
-from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.models import deepseek_v2, llama, loader
 from ziphius.models.causal_lm import CausalLM
 

@@ -13,8 +13,8 @@ from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
 from ziphius.engine.cuda_graph import graph_sizes
 from ziphius.ipc.messages import AddRequest, SamplingParams
+from ziphius.layers.cuda_dense import CudaDenseFormat
 from ziphius.layers.cuda_ops import CudaOps
-from ziphius.layers.cuda_weights import CudaDenseFormat
 from ziphius.models import deepseek_v2
 from ziphius.models.dummy import fill_dummy
 

@@ -14,10 +14,10 @@ from ziphius.attention.torch_reference import TorchBackend
 from ziphius.checkpoint.config import GroupedQueryAttention, LatentAttention, ModelConfig, MoEConfig, YarnConfig
 from ziphius.distributed import SINGLE
 from ziphius.kv_cache.kv_pool import KVPool
+from ziphius.layers.cuda_dense import CudaDenseFormat
 from ziphius.layers.cuda_ops import CudaOps
-from ziphius.layers.cuda_weights import CudaDenseFormat
+from ziphius.layers.dense import DenseFormat
 from ziphius.layers.ops import TorchOps
-from ziphius.layers.quantization import DenseFormat
 from ziphius.models import deepseek_v2, llama, qwen
 from ziphius.models.dummy import fill_dummy
 

@@ -20,7 +20,7 @@ from ziphius.checkpoint.config import YarnConfig
 from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.distributed import SINGLE
 from ziphius.kernels.gpu import experts
-from ziphius.layers import cuda_weights
+from ziphius.layers import cuda_kernels
 from ziphius.models.loader import load_model
 
 PROMPT, ANSWER = 49, 5
@@ -60,7 +60,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for name in ("flash_prefill", "mla_parts", "gqa_parts"):
         watch(cuda, name)
     for name in ("gemv", "skinny_linear"):
-        watch(cuda_weights, name)
+        watch(cuda_kernels, name)
     return names
 
 

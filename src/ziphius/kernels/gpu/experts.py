@@ -4,7 +4,7 @@ First launch: gather, both halves of the first product, silu(gate) * up. Second:
 weight, one row a pair. A third, small one sums a token's pairs onto the residual. For few tokens shared experts are
 pairs of experts E, E + 1, ...: equal slices, of one expert's width, of the shared MLP's own matrices.
 
-Weights in bf16, fp16 or float32; another format is another pair of kernels behind layers/cuda_weights.
+Weights in bf16, fp16 or float32; another format is another pair of kernels behind layers/cuda_dense.
 """
 
 from __future__ import annotations
