@@ -15,7 +15,8 @@ from ziphius.layers.cuda_kernels import CudaKernels
 from ziphius.layers.weights import MixtureWeights, Norm
 
 _ROUTE_AT_ONCE = 20480
-"""Values of all tokens up to which norm, router and top-k are one kernel, where each token reads the router alone."""
+"""Up to this many values in all tokens together, one kernel does norm, router and top-k, and reads the router once for
+each token."""
 
 
 class ExpertKernels(Protocol):
