@@ -17,6 +17,7 @@ from ziphius.checkpoint.checkpoint import Checkpoint
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.gguf import GGUFSource
 from ziphius.checkpoint.safetensors_source import SafetensorsSource
+from ziphius.checkpoint.weight_source import WeightSource
 from ziphius.config import ServeConfig
 from ziphius.distributed import ParallelState
 from ziphius.engine.channel import Channel, MemoryChannel
@@ -33,7 +34,7 @@ from ziphius.ipc.messages import AddRequest, LoadProgress, Ready, SamplingParams
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import has_gpu_kernels
 from ziphius.models.causal_lm import CausalLM
-from ziphius.models.loader import WeightSource, load_model, make_dummy
+from ziphius.models.loader import load_model, make_dummy
 from ziphius.planner.evaluate import SHORTEST_CONTEXT
 from ziphius.planner.measured import compare
 from ziphius.planner.memory import (

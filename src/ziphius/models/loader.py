@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.rate import RateMeter
-from ziphius.checkpoint.weight_source import Rows, StoredTensor
-from ziphius.checkpoint.weight_source import WeightSource as WeightSource  # callers find it where load_model is
+from ziphius.checkpoint.weight_source import Rows, StoredTensor, WeightSource
 from ziphius.distributed import ParallelState
 from ziphius.errors import CheckpointError
 from ziphius.ipc.messages import LoadProgress
