@@ -9,7 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from ziphius.errors import NotReady, ShuttingDown, ZiphiusError
+from ziphius.errors import NotReady, ZiphiusError
 from ziphius.frontend.endpoint import BODY_ERRORS, MODEL_ERRORS, TEXT, Endpoint, Reply
 from ziphius.frontend.engine_client import new_rid
 from ziphius.frontend.error_responses import json_response
@@ -178,6 +178,6 @@ ENDPOINTS = (
     Endpoint(
         "/flush_cache", ("GET", "POST"), _flush_cache, "Empty the prefix cache",
         replies=(Reply(200, "it is empty", str, TEXT), Reply(400, "it is not: requests are running", str, TEXT)),
-        errors=(*MODEL_ERRORS, ShuttingDown),
+        errors=MODEL_ERRORS,
     ),
 )  # fmt: skip

@@ -57,7 +57,7 @@ def build_app(service: Service) -> ASGIApp:
 
 
 class _EndpointRoute(Route):
-    """An endpoint of one service. It tells the scope that it matched, also when only the method is wrong."""
+    """The route of one endpoint. It puts itself into the scope, also for a wrong method, for CountingMiddleware."""
 
     def __init__(self, endpoint: Endpoint, service: Service) -> None:
         super().__init__(endpoint.path, functools.partial(endpoint.handle, service), methods=endpoint.methods)

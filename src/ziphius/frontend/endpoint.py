@@ -29,10 +29,10 @@ TEXT = "text/plain"
 
 BODY_ERRORS = (InvalidRequest, UnsupportedField, BodyTooLarge)
 """What reading a body raises."""
-MODEL_ERRORS = (NotReady, EngineFailed)
-"""What asking for the model raises that is served."""
-GENERATION_ERRORS = (*BODY_ERRORS, ContextLengthExceeded, *MODEL_ERRORS, Overloaded, ShuttingDown)
-"""What a request for an answer of the model raises."""
+MODEL_ERRORS = (NotReady, ShuttingDown, EngineFailed)
+"""What an endpoint raises when it needs the model and there is none, or none any more."""
+GENERATION_ERRORS = (*BODY_ERRORS, ContextLengthExceeded, *MODEL_ERRORS, Overloaded)
+"""What an endpoint raises that generates an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
+    """One row of an API's table: the routes and the OpenAPI document are made of these rows."""
+
     path: str
     """As Starlette writes paths: `/v1/models/{model:path}`."""
     methods: tuple[str, ...]
@@ -58,4 +60,4 @@ class Endpoint:
     """What `handle` raises; the application turns it into responses."""
     body: type[Body] | None = None
     open: bool = False
-    """Answered without the API key: probes and monitors ask it, and it tells or costs nothing of worth."""
+    """Answered without the API key: probes and monitors call it, it reveals no secret, and it costs little."""

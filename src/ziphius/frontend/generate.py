@@ -59,13 +59,13 @@ class GenerateRequest:
     sampling: Sequence[CheckedSampling]
     """One for each prompt. All ask for the same number of copies."""
     rids: Sequence[str]
-    """One for each sequence: what the caller sees and aborts by."""
+    """One for each sequence. The caller sees them and can abort by them."""
     group_rid: str | None
-    """Aborts all sequences. None: there is no such name."""
+    """The id that aborts all sequences. None: each can be aborted by its own rid only."""
     streaming: bool
-    """False: the answer is wanted once, when all of it is there."""
+    """False: the caller waits for the whole answer."""
     make_parser: MakeParser = PlainText
-    """The last stage that makes the answers' text."""
+    """Makes the parser of each sequence: the stage between stop strings and the API's format."""
 
 
 async def generate(client: EngineClient, model: ServedModel, request: GenerateRequest) -> Generation:

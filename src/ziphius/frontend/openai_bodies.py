@@ -24,7 +24,7 @@ class OpenAIBody(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     rid: str | None = None
-    # Notes of the caller's, without effect on the answer:
+    # Taken without effect on the answer:
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -82,7 +82,7 @@ class ChatBody(OpenAIBody, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     continue_final_message: bool | None = None
-    # Without effect where there are no tools and no separate reasoning:
+    # Taken without effect, because there are no tools and no separate reasoning:
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None

@@ -93,7 +93,7 @@ def _responses(endpoint: Endpoint, schemas: _Schemas, needs_key: bool) -> _Json:
 
 
 def _error_response(errors: Sequence[type[ZiphiusError]], schemas: _Schemas) -> _Json:
-    """Of errors that have one status."""
+    """The response for errors that all have the same status."""
     codes = ", ".join(sorted({f"`{error.openai_code or 'null'}`" for error in errors}))
     response: _Json = {
         "description": f"{HTTPStatus(errors[0].http_status).phrase}; `code` is one of {codes}",

@@ -71,7 +71,7 @@ class Service:
         raise error
 
     def described_model(self) -> ServedModel:
-        """The model, ready or not, once its checkpoint is open. Before that NotReady or EngineFailed."""
+        """The model, ready or not, once its checkpoint is open. Else NotReady, ShuttingDown or EngineFailed."""
         if self.model is None:
             raise self._refusal()
         return self.model

@@ -30,7 +30,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class _PromptOptions:
-    """What /generate lets a batch say for each prompt."""
+    """The options that a batch may give for each prompt."""
 
     sampling: CheckedSampling
     logprobs: bool
@@ -44,7 +44,7 @@ async def _generate(service: Service, request: Request) -> Response:
     prompts = _GeneratePrompts(body)
     if prompts.count == 0:
         return json_response([])
-    # Before the options of each prompt are read, which may be many
+    # First, because there may be many prompts and each may have options that are to be checked
     service.client.check_room(prompts.count)
     options = _options(model, body, prompts.count)
     copies = options[0].sampling.copies
@@ -151,7 +151,7 @@ def _spread(value: _Value | list[_Value] | None, count: int, default: _Value, na
 
 
 def _rids(rid: str | list[str] | None, count: int, copies: int) -> list[str]:
-    """One for each sequence. Without the caller's, each sequence gets a random one of its own."""
+    """One for each sequence. If the caller gave none, each sequence gets a random one."""
     if rid is None:
         return [one_rid(None) for _ in range(count * copies)]
     if isinstance(rid, str):

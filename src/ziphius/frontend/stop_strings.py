@@ -25,13 +25,16 @@ class StopMatcher:
     __slots__ = ("_held", "_longest", "_stops")
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """`stops` are not empty strings."""
+        """No string in `stops` is empty."""
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
     def push(self, piece: str) -> Scan:
-        """Add text. The match that ends first wins, so that the cuts between pieces do not matter; then the longer."""
+        """Add text. Of several matches the one that ends first wins, and of those that end together the longest.
+
+        So it does not matter where the text was cut into pieces.
+        """
         text = self._held + piece
         start = end = len(text) + 1
         matched = None
@@ -47,12 +50,12 @@ class StopMatcher:
         return Scan(text[:certain], None)
 
     def flush(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
+        """The text that was held back. Call it when the text has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 
     def _certain_length(self, text: str) -> int:
-        """Where the longest end of `text` begins that is also the beginning of a stop string."""
+        """Where the longest suffix of `text` begins that is also a prefix of a stop string."""
         earliest = len(text)
         floor = max(0, len(text) - self._longest + 1)
         for stop in self._stops:
