@@ -16,14 +16,13 @@ from ziphius.checkpoint.checkpoint import open_checkpoint
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
 from ziphius.engine import loading
-from ziphius.engine.loading import LoadedRank, load_rank, plan_pool
-from ziphius.engine.precision import Precision, resolve_precision
+from ziphius.engine.loading import LoadedRank, load_rank
+from ziphius.engine.precision import resolve_precision
 from ziphius.errors import CheckpointError, ConfigError, DoesNotFit
 from ziphius.ipc.messages import LoadProgress
+from ziphius.planner.admission import RankMemory, admit_pool
 
 Load = Callable[..., LoadedRank]
-
-FLOAT32 = Precision(torch.device("cpu"), "float32", "fp32")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,9 @@ def model(llama: Any) -> ModelConfig:
 
 def plan(model: ModelConfig, free: int, **options: Any) -> tuple[int, int]:
     settings: dict[str, Any] = {"page_size": 4, "max_running_requests": 8} | options
-    context, size = plan_pool(ServeConfig(**settings), model, FLOAT32, free, free)
+    memory = RankMemory(device="cpu", dtype="float32", free_bytes=free, free_before_bytes=free)
+    fitted = admit_pool(ServeConfig(**settings), model, memory)
+    context, size = fitted.context_length, fitted.size
     return context, size.tokens
 
 

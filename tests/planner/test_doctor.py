@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ziphius.launchers.software import Package, TorchBuild, packages, parse_torch_version, torch_build
 from ziphius.manager.doctor import Disk, Facts, Finding, collect, judge
 from ziphius.planner.hardware import Host
 from ziphius.planner.memory import GIB, MIB
-from ziphius.planner.software import Package, TorchBuild, packages, parse_torch_version, torch_build
 
 GetHost = Callable[[str], Host]
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.errors import DoesNotFit
-from ziphius.planner.memory import GIB, PoolLimits, kv_pool_tokens, pool_room
+from ziphius.planner.memory import GIB
+from ziphius.planner.pool import PoolLimits, kv_pool_tokens, pool_room
 
 CPU = PoolLimits(
     device="cpu", dtype="float32", context_length=8192, max_running_requests=4, page_size=16, free_bytes=100 * GIB

@@ -14,7 +14,6 @@ import torch
 
 from ziphius.attention.select import make_backend
 from ziphius.checkpoint.checkpoint import Checkpoint
-from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.gguf import GGUFSource
 from ziphius.checkpoint.safetensors_source import SafetensorsSource
 from ziphius.checkpoint.weight_source import WeightSource
@@ -30,26 +29,17 @@ from ziphius.engine.row_table import RowTable
 from ziphius.engine.sampler import Sampler
 from ziphius.engine.team import Team
 from ziphius.errors import ConfigError, DoesNotFit, EngineFailed
+from ziphius.formats import Device
 from ziphius.ipc.messages import AddRequest, LoadProgress, Ready, SamplingParams, StepOutput
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import has_gpu_kernels
 from ziphius.models.causal_lm import CausalLM
 from ziphius.models.loader import load_model, make_dummy
-from ziphius.planner.evaluate import SHORTEST_CONTEXT
+from ziphius.planner.admission import RankMemory, admit_model, admit_pool
 from ziphius.planner.measured import compare
-from ziphius.planner.memory import (
-    BatchLimits,
-    PoolLimits,
-    PoolSize,
-    cuda_reserve,
-    gib,
-    kv_bytes_per_token,
-    kv_pool_tokens,
-    pool_room,
-    weight_bytes,
-)
+from ziphius.planner.memory import BatchLimits, gib, weight_bytes
+from ziphius.planner.pool import FittedPool, PoolSize
 from ziphius.planner.probe import available_memory
-from ziphius.planner.validity import require_tp
 from ziphius.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -128,19 +118,19 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
     team = team or Team()
     started = time.monotonic()
     precision = resolve_precision(config)
-    _check_ranks(config, checkpoint, precision, team)
+    _check_ranks(config, checkpoint, team)
     free_before = free_memory(precision.device)
     team.meet()  # no rank may take memory before all have measured how much is free
     predicted = _check_weights(checkpoint, precision, free_before, team)
     taken = predicted * _sharing(precision, team)
-    _, predicted_size = plan_pool(config, checkpoint.config, precision, free_before - taken, free_before)
+    predicted_size = admit_pool(config, checkpoint.config, _memory(precision, free_before - taken, free_before)).size
     model = _load_weights(config, checkpoint, precision, report, team.parallel)
     if not team.alone:
         report(LoadProgress(phase="waiting", detail="for the other ranks"))
     team.meet()
     report(LoadProgress(phase="cache"))
-    free_bytes = free_memory(precision.device)
-    context_length, size = _agreed(team, *plan_pool(config, checkpoint.config, precision, free_bytes, free_before))
+    measured = _memory(precision, free_memory(precision.device), free_before)
+    context_length, size = _agreed(team, admit_pool(config, checkpoint.config, measured))
     ready = Ready(
         context_length=context_length,
         kv_tokens=size.tokens,
@@ -168,47 +158,10 @@ def load_rank(config: ServeConfig, checkpoint: Checkpoint, report: Report, team:
     return replace(loaded, ready=_with_seconds(ready, time.monotonic() - started))
 
 
-def plan_pool(
-    config: ServeConfig, model: ModelConfig, precision: Precision, free_bytes: int, free_before_bytes: int
-) -> tuple[int, PoolSize]:
-    """(context length, size of the pool).
-
-    The context length is the one that was asked for, else the model's, else the longest for which memory or
-    max_total_tokens has room. DoesNotFit when the one that was asked for has no room, or no useful one has.
-    """
-    longest = model.max_position_embeddings
-    asked = config.context_length
-    if asked is not None and asked > longest:
-        raise ConfigError(f"context_length {asked} is beyond the {longest} of this model", param="context_length")
-
-    batch = batch_limits(config, precision.device)
-    limits = PoolLimits(
-        device="cuda" if precision.device.type == "cuda" else "cpu",
-        dtype=precision.dtype_name,
-        context_length=asked or longest,
-        max_running_requests=batch.requests,
-        page_size=config.page_size,
-        free_bytes=free_bytes,
-        free_before_bytes=free_before_bytes,
-        reserve_bytes=cuda_reserve(model, config.tp, batch, dtype=precision.dtype_name),
-        mem_fraction=config.mem_fraction,
-        max_total_tokens=config.max_total_tokens,
-        ranks_on_host=config.tp // config.nnodes,
-    )
-    try:
-        size = kv_pool_tokens(model, config.tp, limits)
-    except DoesNotFit:
-        room = pool_room(limits) // kv_bytes_per_token(model, config.tp, precision.dtype_name)
-        fits = room // config.page_size * config.page_size
-        if asked is not None or config.max_total_tokens is not None or fits < min(SHORTEST_CONTEXT, longest):
-            raise
-        return fits, kv_pool_tokens(model, config.tp, replace(limits, context_length=fits))
-    if asked is not None and size.tokens < asked:
-        raise DoesNotFit(
-            f"a context of {asked} tokens does not fit a KV cache of {size.tokens} tokens: "
-            f"use --context-length {size.tokens} or less, or --max-total-tokens {asked} or more"
-        )
-    return min(asked or longest, size.tokens), size
+def _memory(precision: Precision, free_bytes: int, free_before_bytes: int) -> RankMemory:
+    device: Device = "cuda" if precision.device.type == "cuda" else "cpu"
+    dtype = precision.dtype_name
+    return RankMemory(device=device, dtype=dtype, free_bytes=free_bytes, free_before_bytes=free_before_bytes)
 
 
 def batch_limits(config: ServeConfig, device: torch.device) -> BatchLimits:
@@ -217,7 +170,7 @@ def batch_limits(config: ServeConfig, device: torch.device) -> BatchLimits:
     return BatchLimits.of(kind, config.max_running_requests, config.chunked_prefill_size)
 
 
-def _check_ranks(config: ServeConfig, checkpoint: Checkpoint, precision: Precision, team: Team) -> None:
+def _check_ranks(config: ServeConfig, checkpoint: Checkpoint, team: Team) -> None:
     """ConfigError unless `team` has as many ranks as `config` asks for, and they can share the model."""
     if config.tp != team.parallel.size:
         raise ConfigError(
@@ -225,7 +178,7 @@ def _check_ranks(config: ServeConfig, checkpoint: Checkpoint, precision: Precisi
             "only `ziphius serve` and `start` start several",
             param="tp",
         )
-    require_tp(checkpoint.config, config.tp, precision.weights_format)
+    admit_model(config, checkpoint.config)
 
 
 def _sharing(precision: Precision, team: Team) -> int:
@@ -233,10 +186,10 @@ def _sharing(precision: Precision, team: Team) -> int:
     return 1 if precision.device.type == "cuda" else team.ranks_here
 
 
-def _agreed(team: Team, context_length: int, size: PoolSize) -> tuple[int, PoolSize]:
+def _agreed(team: Team, fitted: FittedPool) -> tuple[int, PoolSize]:
     """The smallest values of all ranks: the page numbers must be the same on all of them."""
-    context_length, tokens = team.smallest(context_length, size.tokens)
-    return context_length, replace(size, tokens=tokens)
+    context_length, tokens = team.smallest(fitted.context_length, fitted.size.tokens)
+    return context_length, replace(fitted.size, tokens=tokens)
 
 
 def warm_up(loaded: LoadedRank) -> None:

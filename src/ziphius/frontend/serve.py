@@ -36,12 +36,13 @@ from ziphius.frontend.service import Service
 from ziphius.installation import package_version, ziphius_home
 from ziphius.ipc.messages import Fatal, LoadProgress, Ready
 from ziphius.ipc.sockets import FrontendChannel, socket_address
+from ziphius.planner.admission import admit_model
 from ziphius.ranks.failures import Cause
 from ziphius.ranks.layout import rank_layout
 from ziphius.ranks.node import serve_node
 from ziphius.ranks.private_folder import private_folder
 from ziphius.ranks.progress_log import ProgressLog
-from ziphius.ranks.ranks import Ranks, check_tp
+from ziphius.ranks.ranks import Ranks
 from ziphius.ranks.workers import kill_children
 from ziphius.tokenizer.tokenizer import Tokenizer
 
@@ -172,7 +173,7 @@ class _Server:
             loop.call_soon_threadsafe(self._on_progress, progress)
 
         def check(config: ModelConfig) -> None:
-            check_tp(self._config, config)
+            admit_model(self._config, config)
 
         checkpoint = open_configured(self._config, ziphius_home(os.environ), report, check)
         if checkpoint.tokenizer is None:

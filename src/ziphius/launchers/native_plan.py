@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError, DoesNotFit, DownloadError, ModelError, ModelNotFound
-from ziphius.planner.check import check_start
+from ziphius.launchers.software import torch_has_cuda
+from ziphius.planner.admission import admit_on_host
 from ziphius.planner.find_model import find_model
 from ziphius.planner.hardware import Host
 from ziphius.planner.plan import Plan
@@ -47,14 +48,14 @@ def plan_native(
     contradicts; ModelError for a config that cannot be read. With `force` these are notes instead.
 
     A model that is not here yet (the server fetches it) is started without a plan: the engine checks again.
-    `torch_cuda`: see check_start.
+    `torch_cuda`: whether torch has CUDA (default: read from the installed torch's files).
     """
     config = resolved.config
     rank_layout(config)  # what contradicts itself needs no machine to be refused, nor does force help it
     host = probe()
     try:
         source = find_model(config.model, env, config.revision)
-        plan = check_start(config, source, host, torch_cuda=torch_cuda)
+        plan = admit_on_host(config, source, host, torch_cuda=torch_has_cuda() if torch_cuda is None else torch_cuda)
     except (ModelNotFound, DownloadError):
         return NativeOutlook()
     except DoesNotFit as e:

@@ -9,7 +9,7 @@ from ziphius.checkpoint.architectures import architecture_of
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError, ModelError
 from ziphius.launchers.sglang_settings import Planned
-from ziphius.planner.check import refusal, request_of
+from ziphius.planner.admission import refusal, request_on_host
 from ziphius.planner.find_model import find_model
 from ziphius.planner.hardware import Host, with_more_gpus
 from ziphius.planner.plan import Plan
@@ -41,7 +41,7 @@ def plan_start(
     gpus = config.device == "cuda" or (config.device == "auto" and bool(host.gpus))
     try:
         source = find_model(config.model, env, config.revision)
-        plan = build_plan(source, _all_machines(host, resolved), request_of(config, host, source, torch_cuda=True))
+        plan = build_plan(source, _all_machines(host, resolved), request_on_host(config, host, source, torch_cuda=True))
     except ModelError as e:
         return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     except ConfigError as e:

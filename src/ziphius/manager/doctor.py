@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from ziphius.checkpoint.hub_cache import hub_cache, hub_home
+from ziphius.launchers.software import Package, TorchBuild, apptainer_version, packages, torch_build
 from ziphius.planner.evaluate import LEAST_CAPABILITY
 from ziphius.planner.hardware import Gpu, Host, describe
 from ziphius.planner.memory import GIB, MIB, gib
-from ziphius.planner.software import Package, TorchBuild, apptainer_version, packages, torch_build
 
 Status = Literal["ok", "warning", "problem"]
 LEAST_PYTHON = (3, 11)

@@ -11,15 +11,14 @@ from ziphius.planner import memory, sglang
 from ziphius.planner.abilities import Abilities, not_yet
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Gpu, Host, card_of, usable_bytes, with_more_gpus
-from ziphius.planner.memory import GIB, BatchLimits, PoolLimits, gib
+from ziphius.planner.memory import GIB, gib
 from ziphius.planner.plan import Candidate, PlanRequest, Verdict
+from ziphius.planner.pool import PoolLimits, fit_pool, pool_limits, served_context
 from ziphius.planner.roofline import roofline
 from ziphius.planner.validity import Engine, TpFailure, block_failures, tp_failures
 
 SGLANG_LEAST_RESERVE = 6 * GIB
 """A raised --mem-fraction-static must leave this much of a GPU, in our judgement: 0.93 on an H200 leaves 9.7 GiB."""
-SHORTEST_CONTEXT = 1024
-"""A cache of fewer tokens is of no use."""
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -108,16 +107,11 @@ def _hindrance(gpus: tuple[Gpu, ...], tp: int) -> str | None:
 
 
 def _native(question: Question, known: Candidate) -> Candidate:
-    request, config, tp = question.request, question.config, known.tp
-    dtype = question.kv_dtype("cuda")
-    batch = BatchLimits.of("cuda", request.max_running_requests, request.chunked_prefill_size)
-    reserve = memory.cuda_reserve(config, tp, batch, dtype=dtype)
     free = known.memory_bytes - known.loaded_bytes
-    limits = _limits(question, "cuda", free_bytes=free, free_before_bytes=known.memory_bytes, reserve_bytes=reserve)
-    if request.mem_fraction is not None:
-        reserve = int((1 - request.mem_fraction) * known.memory_bytes)
-    known = replace(known, reserve_bytes=reserve, mem_fraction=request.mem_fraction)
-    return _with_pool(question, known, limits)
+    limits = _limits(question, known, "cuda", free_bytes=free, free_before_bytes=known.memory_bytes)
+    fraction = question.request.mem_fraction
+    reserve = limits.reserve_bytes if fraction is None else int((1 - fraction) * known.memory_bytes)
+    return _with_pool(question, replace(known, reserve_bytes=reserve, mem_fraction=fraction), limits)
 
 
 def _on_cpu(question: Question, known: Candidate) -> Candidate:
@@ -127,45 +121,41 @@ def _on_cpu(question: Question, known: Candidate) -> Candidate:
     known = replace(known, memory_bytes=share, mem_fraction=question.request.mem_fraction)
     if question.host.memory_available_mib is None:
         return replace(known, verdict="unsupported", reason="this host's main memory is not recorded")
-    done = _with_pool(question, known, _limits(question, "cpu", free_bytes=max(0, free)))
+    done = _with_pool(question, known, _limits(question, known, "cpu", free_bytes=max(0, free)))
     return replace(done, reserve_bytes=max(0, share - done.loaded_bytes - done.kv_bytes))
 
 
 def _limits(
-    question: Question, device: Device, *, free_bytes: int, free_before_bytes: int = 0, reserve_bytes: int = 0
+    question: Question, known: Candidate, device: Device, *, free_bytes: int, free_before_bytes: int = 0
 ) -> PoolLimits:
-    request = question.request
-    return PoolLimits(
-        device=device,
-        dtype=question.kv_dtype(device),
+    return pool_limits(
+        question.config,
+        question.request,
+        device,
+        question.kv_dtype(device),
+        tp=known.tp,
         context_length=question.context_length,
-        max_running_requests=BatchLimits.of(device, request.max_running_requests, None).requests,
-        page_size=request.page_size,
         free_bytes=free_bytes,
         free_before_bytes=free_before_bytes,
-        reserve_bytes=reserve_bytes,
-        mem_fraction=request.mem_fraction,
-        max_total_tokens=request.max_total_tokens,
     )
 
 
 def _with_pool(question: Question, known: Candidate, limits: PoolLimits) -> Candidate:
     """With the size of the native engine's pool, from the function that the engine itself calls."""
     try:
-        size = memory.kv_pool_tokens(question.config, known.tp, limits)
+        tokens = fit_pool(question.config, known.tp, limits).size.tokens
     except DoesNotFit as e:
         if limits.max_total_tokens is not None:
             return replace(known, verdict="too_big", reason=e.message)
-        room = memory.pool_room(limits)
-        return _judged(question, known, room // known.kv_bytes_per_token // limits.page_size * limits.page_size)
-    return _judged(question, known, size.tokens)
+        tokens = 0
+    return _judged(question, known, tokens)
 
 
 def _judged(question: Question, known: Candidate, tokens: int) -> Candidate:
     """The verdict on a cache of `tokens`, with a sentence that gives the numbers."""
     context = question.context_length
-    least = min(SHORTEST_CONTEXT, context)
-    verdict: Verdict = "fits" if tokens >= context else "short" if tokens >= least else "too_big"
+    served = served_context(tokens, context)
+    verdict: Verdict = "fits" if served == context else "short" if served else "too_big"
     loaded, free = gib(known.loaded_bytes), gib(known.memory_bytes)
     where = "of main memory" if known.device == "cpu" else "on each GPU" if known.tp > 1 else "on the GPU"
     if verdict == "too_big":

@@ -16,7 +16,7 @@ from ziphius.planner.hardware import Host
 from ziphius.planner.memory import gib
 from ziphius.planner.plan import Candidate, ModelSummary, Plan, PlanRequest, Recommendation
 from ziphius.planner.roofline import active_parameters
-from ziphius.planner.validity import Engine, valid_tp_sizes
+from ziphius.planner.validity import Engine, require_context, valid_tp_sizes
 
 TP_SIZES = (1, 2, 3, 4, 5, 6, 8, 16)
 
@@ -24,7 +24,7 @@ TP_SIZES = (1, 2, 3, 4, 5, 6, 8, 16)
 def build_plan(source: ModelSource, host: Host, request: PlanRequest, able: Abilities | None = None) -> Plan:
     """What fits on `host`. ConfigError for a request that contradicts the model or the host."""
     device = _device(host, request)
-    context = _context_length(source, request)
+    context = require_context(source.config, request.context_length)
     able = able or abilities()
     question = Question(source=source, host=host, request=request, context_length=context, able=able)
     every = [evaluate(question, device, *cell) for cell in _cells(source, host, request, device)]
@@ -53,14 +53,6 @@ def _device(host: Host, request: PlanRequest) -> Device:
         reason = f" ({host.gpu_error})" if host.gpu_error else ""
         raise ConfigError(f"there is no GPU here{reason}; name some with --gpu, or a recorded host with --host-file")
     return device
-
-
-def _context_length(source: ModelSource, request: PlanRequest) -> int:
-    longest = source.config.max_position_embeddings
-    if request.context_length is not None and request.context_length > longest:
-        raise ConfigError(f"context_length {request.context_length} is beyond the {longest} of this model",
-                          param="context_length")  # fmt: skip
-    return request.context_length or longest
 
 
 def _shown_sizes(host: Host, device: Device) -> tuple[int, ...]:

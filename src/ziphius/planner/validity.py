@@ -81,6 +81,14 @@ def require_tp(config: ModelConfig, tp: int, weights_format: WeightsFormat, engi
     )
 
 
+def require_context(config: ModelConfig, asked: int | None) -> int:
+    """The context length that is wanted: `asked`, else the model's. ConfigError for one beyond the model's."""
+    longest = config.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise ConfigError(f"context_length {asked} is beyond the {longest} of this model", param="context_length")
+    return asked or longest
+
+
 def _undivided(config: ModelConfig, tp: int, engine: Engine) -> Iterator[TpFailure]:
     vocab = config.vocab_size
     if engine == "sglang":

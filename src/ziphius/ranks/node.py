@@ -16,6 +16,7 @@ from ziphius.checkpoint.checkpoint import Checkpoint, open_configured
 from ziphius.config import ServeConfig
 from ziphius.errors import StartFailed, ZiphiusError
 from ziphius.installation import ziphius_home
+from ziphius.planner.admission import admit_model
 from ziphius.ranks.failures import Cause, Failure, Failures
 from ziphius.ranks.group import RankGroup
 from ziphius.ranks.heartbeat import beat_interval
@@ -23,7 +24,7 @@ from ziphius.ranks.layout import config_of_node, parse_address, rank_specs
 from ziphius.ranks.node_link import NodeBeat, NodeEnd, NodeFailed, NodeLink, NodeRefused, NodeWelcome
 from ziphius.ranks.private_folder import private_folder
 from ziphius.ranks.progress_log import ProgressLog
-from ziphius.ranks.ranks import check_tp, hello_of
+from ziphius.ranks.ranks import hello_of
 from ziphius.ranks.workers import kill_children
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def serve_node(config: ServeConfig) -> int:
     ConfigError or ModelError before anything is started. Call it in the main thread, with logging configured.
     """
     home = ziphius_home(os.environ)
-    checkpoint = open_configured(config, home, ProgressLog(), lambda model: check_tp(config, model))
+    checkpoint = open_configured(config, home, ProgressLog(), lambda model: admit_model(config, model))
     folder = private_folder()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

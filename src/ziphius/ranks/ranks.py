@@ -6,12 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ziphius.checkpoint.checkpoint import Checkpoint
-from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
-from ziphius.formats import format_named
 from ziphius.installation import package_version
 from ziphius.ipc.messages import LoadProgress
-from ziphius.planner.validity import require_tp
 from ziphius.ranks.failures import Failure, Failures
 from ziphius.ranks.group import RankGroup
 from ziphius.ranks.layout import rank_specs
@@ -80,10 +77,3 @@ def hello_of(config: ServeConfig, checkpoint: Checkpoint) -> NodeHello:
         version=package_version(),
         model=model_digest(checkpoint.config),
     )
-
-
-def check_tp(config: ServeConfig, model: ModelConfig) -> None:
-    """ConfigError when --tp ranks cannot share the model: before anything is started for it."""
-    asked = format_named(config.weights_format)
-    # What `auto` means depends on the device, but no format that it means has blocks.
-    require_tp(model, config.tp, "bf16" if asked is None else asked.name)

@@ -13,7 +13,7 @@ from ziphius.config import ServeConfig
 from ziphius.engine.precision import resolve_precision
 from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
 from ziphius.formats import resolve_formats
-from ziphius.planner.check import check_start, request_of
+from ziphius.planner.admission import admit_on_host, request_on_host
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, times
 from ziphius.planner.memory import weight_bytes
@@ -23,7 +23,7 @@ MakeSource = Callable[..., ModelSource]
 
 
 def test_what_fits_is_predicted(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
-    plan = check_start(ServeConfig(), source(v2_lite, name="V2-Lite"), host("1xh200"), torch_cuda=True)
+    plan = admit_on_host(ServeConfig(), source(v2_lite, name="V2-Lite"), host("1xh200"), torch_cuda=True)
     expected = plan.shown
     assert expected is not None
     assert expected.weights == weight_bytes(v2_lite, 1, "bf16")
@@ -34,10 +34,10 @@ def test_what_fits_is_predicted(v2_lite: ModelConfig, source: MakeSource, host: 
 
 def test_auto_means_what_it_means_to_the_engine(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
     lite = source(v2_lite)
-    assert request_of(ServeConfig(), host("1xh200"), lite, torch_cuda=True).device == "cuda"
-    assert request_of(ServeConfig(), host("1xh200"), lite, torch_cuda=False).device == "cpu"
-    assert request_of(ServeConfig(device="cpu"), host("1xh200"), lite, torch_cuda=True).device == "cpu"
-    plan = check_start(ServeConfig(model="m"), source(v2_lite), host("1xh200"), torch_cuda=False)
+    assert request_on_host(ServeConfig(), host("1xh200"), lite, torch_cuda=True).device == "cuda"
+    assert request_on_host(ServeConfig(), host("1xh200"), lite, torch_cuda=False).device == "cpu"
+    assert request_on_host(ServeConfig(device="cpu"), host("1xh200"), lite, torch_cuda=True).device == "cpu"
+    plan = admit_on_host(ServeConfig(model="m"), source(v2_lite), host("1xh200"), torch_cuda=False)
     assert plan.recommendation is not None
     assert plan.recommendation.weights_format == "int8"
 
@@ -63,12 +63,12 @@ def test_what_only_a_gpu_can_is_refused_on_a_cpu(v2_lite: ModelConfig, source: M
     for device in ("cpu", "auto"):
         config = ServeConfig(deterministic=True, device=device)
         with pytest.raises(ConfigError, match=r"^deterministic is for a GPU") as planned:
-            check_start(config, lite, host("1xh200"), torch_cuda=False)
+            admit_on_host(config, lite, host("1xh200"), torch_cuda=False)
         assert planned.value.param == "deterministic"
     with pytest.raises(ConfigError, match=r"^deterministic is for a GPU") as resolved:
         resolve_precision(ServeConfig(deterministic=True, device="cpu"))
     assert resolved.value.param == "deterministic"
-    assert check_start(ServeConfig(deterministic=True), lite, host("1xh200"), torch_cuda=True).shown is not None
+    assert admit_on_host(ServeConfig(deterministic=True), lite, host("1xh200"), torch_cuda=True).shown is not None
 
 
 @pytest.mark.parametrize("options", [{"weights_format": "int8"}, {"dtype": "float32", "weights_format": "bf16"}])
@@ -77,14 +77,14 @@ def test_deterministic_needs_weights_in_the_dtype(
 ) -> None:
     config = ServeConfig(deterministic=True, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"weights_format {options['weights_format']} beside dtype"):
-        check_start(config, source(v2_lite), host("1xh200"), torch_cuda=True)
+        admit_on_host(config, source(v2_lite), host("1xh200"), torch_cuda=True)
 
 
 def test_what_does_not_fit_is_refused_with_numbers_and_changes(
     v25: ModelConfig, source: MakeSource, host: GetHost
 ) -> None:
     with pytest.raises(LacksMemory) as raised:
-        check_start(ServeConfig(), source(v25, name="V2.5"), host("1xh200"), torch_cuda=True)
+        admit_on_host(ServeConfig(), source(v25, name="V2.5"), host("1xh200"), torch_cuda=True)
     message = raised.value.message
     assert message.startswith("V2.5 does not fit here (native, TP 1, bf16): needs 439.10 GiB")
     assert "139.09 GiB are free on the GPU" in message
@@ -95,32 +95,32 @@ def test_what_does_not_fit_is_refused_with_numbers_and_changes(
 def test_a_context_that_does_not_fit_is_refused(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
     small = ServeConfig(model="m", context_length=163_840, mem_fraction=0.23)
     with pytest.raises(DoesNotFit, match="shorter context: --context-length"):
-        check_start(small, source(v2_lite), host("1xh200"), torch_cuda=True)
+        admit_on_host(small, source(v2_lite), host("1xh200"), torch_cuda=True)
     # Who names no context gets the longest that fits, as from the engine.
-    assert check_start(replace(small, context_length=None), source(v2_lite), host("1xh200"), torch_cuda=True).fits
+    assert admit_on_host(replace(small, context_length=None), source(v2_lite), host("1xh200"), torch_cuda=True).fits
 
 
 def test_a_cache_larger_than_memory_is_refused(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
     huge = ServeConfig(max_total_tokens=10**11)
     with pytest.raises(DoesNotFit, match="lower --max-total-tokens to"):
-        check_start(huge, source(v2_lite), host("1xh200"), torch_cuda=True)
+        admit_on_host(huge, source(v2_lite), host("1xh200"), torch_cuda=True)
     with pytest.raises(DoesNotFit, match="lower --max-total-tokens to"):
-        check_start(huge, source(v2_lite), host("cpu-only"))
+        admit_on_host(huge, source(v2_lite), host("cpu-only"), torch_cuda=False)
 
 
 def test_a_size_that_does_not_divide_is_the_settings_fault(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
     with pytest.raises(ConfigError, match="heads 128 = 3 x 42 \\+ 2") as raised:
-        check_start(ServeConfig(model="m", tp=3), source(v25), host("1xh200"), torch_cuda=True)
+        admit_on_host(ServeConfig(model="m", tp=3), source(v25), host("1xh200"), torch_cuda=True)
     assert raised.value.param == "tp"
 
 
 def test_several_machines_are_taken_to_be_alike(v25: ModelConfig, source: MakeSource, host: GetHost) -> None:
     four = ServeConfig(model="m", tp=4, nnodes=4, dist_init_addr="a:1")
-    plan = check_start(four, source(v25), host("1xh200"), torch_cuda=True)
+    plan = admit_on_host(four, source(v25), host("1xh200"), torch_cuda=True)
     assert plan.shown is not None
     assert plan.shown.weights == weight_bytes(v25, 4, "bf16")
     with pytest.raises(DoesNotFit, match="4 GPUs are needed, 1 is there") as raised:
-        check_start(replace(four, nnodes=1, dist_init_addr=None), source(v25), host("1xh200"), torch_cuda=True)
+        admit_on_host(replace(four, nnodes=1, dist_init_addr=None), source(v25), host("1xh200"), torch_cuda=True)
     assert not isinstance(raised.value, LacksMemory)  # no memory that is freed brings a GPU
     one, two = times(host("1xh200"), 1), times(host("1xh200"), 2)
     assert [gpu.index for gpu in two.gpus] == [0, 1]
@@ -130,14 +130,14 @@ def test_several_machines_are_taken_to_be_alike(v25: ModelConfig, source: MakeSo
 def test_what_the_engine_does_not_run_is_refused(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
     int8 = ServeConfig(weights_format="int8")
     with pytest.raises(DoesNotFit, match="int8 is for CPUs in this version"):
-        check_start(int8, source(v2_lite), host("1xh200"), torch_cuda=True)
-    assert check_start(int8, source(v2_lite), host("cpu-only")).fits
+        admit_on_host(int8, source(v2_lite), host("1xh200"), torch_cuda=True)
+    assert admit_on_host(int8, source(v2_lite), host("cpu-only"), torch_cuda=False).fits
     stored = source(v2_lite, quantization=Quantization("fp8", "fp8", blocks=True))
     with pytest.raises(DoesNotFit, match="checkpoints quantized with fp8 are planned"):
-        check_start(ServeConfig(), stored, host("1xh200"), torch_cuda=True)
+        admit_on_host(ServeConfig(), stored, host("1xh200"), torch_cuda=True)
 
 
 def test_a_gpu_that_is_not_there_is_the_settings_fault(v2_lite: ModelConfig, source: MakeSource, host: GetHost) -> None:
     with pytest.raises(ConfigError, match=r"no GPU here: .*mismatch; use --device cpu") as raised:
-        check_start(ServeConfig(device="cuda"), source(v2_lite), host("no-gpu"))
+        admit_on_host(ServeConfig(device="cuda"), source(v2_lite), host("no-gpu"), torch_cuda=False)
     assert raised.value.param == "device"

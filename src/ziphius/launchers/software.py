@@ -38,6 +38,12 @@ def parse_torch_version(text: str) -> TorchBuild | None:
     return None if version is None else TorchBuild(version[1], cuda[1] if cuda else None)
 
 
+def torch_has_cuda() -> bool:
+    """Whether the installed torch was built for CUDA."""
+    build = torch_build()
+    return build is not None and build.cuda is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Package:
     """One requirement of this project and what is installed of it."""
