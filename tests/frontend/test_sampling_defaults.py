@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ziphius.checkpoint.pull import SMOLLM2, suggested_sampling
+from ziphius.checkpoint.packaged import SMOLLM2
 from ziphius.checkpoint.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from ziphius.errors import ModelError
 from ziphius.frontend.openai_api import chat_sampling
@@ -70,4 +70,4 @@ def test_generation_config(tmp_path: Path) -> None:
 
 
 def test_the_default_model_comes_with_its_cards_suggestion() -> None:
-    assert suggested_sampling(SMOLLM2.model_id) == SamplingDefaults(temperature=0.1, top_p=0.9)
+    assert SMOLLM2.sampling == SamplingDefaults(temperature=0.1, top_p=0.9)
