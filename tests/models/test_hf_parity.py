@@ -12,6 +12,8 @@ import torch
 from hf_oracle import CPU, VOCAB, Session, Tiny, difference, make_tiny, prompt
 from torch import Tensor
 
+from ziphius.attention.backend import ProjectedTokens
+from ziphius.attention.torch_reference import TorchBackend
 from ziphius.checkpoint.config import ModelConfig, MoEConfig, YarnConfig
 from ziphius.checkpoint.gguf import GGUFSource, model_config
 from ziphius.checkpoint.gguf_file import GGUFFile
@@ -237,6 +239,25 @@ def test_the_latents_norms_have_an_epsilon_of_their_own(tmp_path: Path) -> None:
     small.oracle.save_pretrained(tmp_path)
     ids = prompt(30)
     assert difference(Session(small.load()).step(("a", ids))["a"], small.logits(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["V2.5", "V2-Lite"])
+def test_one_tokens_queries_are_laid_out_as_several_tokens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's kernels are compiled by the strides that they see: other code would give other last bits."""
+    seen: list[tuple[int, ...]] = []
+    attend = TorchBackend.attend_projected
+
+    def watch(self: TorchBackend, tokens: ProjectedTokens, *rest: Any) -> Tensor:
+        seen.append(tokens.q.stride())
+        return attend(self, tokens, *rest)
+
+    monkeypatch.setattr(TorchBackend, "attend_projected", watch)
+    session = Session(make_tiny(tmp_path, CASES[name]).load())
+    session.step(("a", prompt(3)))
+    session.step(("a", [5]))
+    assert len(set(seen)) == 1
 
 
 # <|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n

@@ -125,7 +125,10 @@ class DeepseekV2Attention(Layer):
     ) -> Tensor:
         """x [T, hidden] -> x + attention of norm(x), [T, hidden]."""
         q, latent, k_pe = self.latent(x, norm)
-        q = q.view(x.shape[0], -1, self._mla.qk_head_dim)
+        # `view` gives a single row another stride than it gives several rows. Triton compiles other code for a stride
+        # that is a multiple of 16 than for one that is not, and then one token alone would get other last bits.
+        head_dim = self._mla.qk_head_dim
+        q = q.as_strided((q.shape[0], q.shape[1] // head_dim, head_dim), (q.stride(0), head_dim, 1))
         kv_b = self.kv_b_proj
         projected = ProjectedTokens(q, latent, k_pe, self.latent.kv_norm, angles, kv_b.w_uk, kv_b.w_uv)
         out = attention.attend_projected(projected, cache, batch, self._scale, self._ops)
