@@ -177,7 +177,7 @@ class ParallelLMHead(Layer):
         self._context = context
         rows, columns = embedding.weight.shape
         shared = context.linear_format.tied(embedding.weight) if tied else None
-        self.weight = shared or context.linear_format.head(rows, columns, context.device)
+        self.weight = shared or context.linear_format.head(rows, columns, context.dtype, context.device)
         self._reads_checkpoint = shared is None
         vocab = rows * context.parallel.size
         self._part = MatrixPart((vocab, columns), embedding.shard, 0)

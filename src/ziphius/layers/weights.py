@@ -193,8 +193,8 @@ class LinearFormat(ABC):
     def experts(self, experts: int, out_features: int, in_features: int, device: torch.device) -> ExpertWeights:
         """Uninitialised weights of all experts."""
 
-    def head(self, vocab: int, hidden: int, device: torch.device) -> LinearWeight:
-        """An uninitialised head over this rank's share of the vocabulary."""
+    def head(self, vocab: int, hidden: int, dtype: torch.dtype, device: torch.device) -> LinearWeight:
+        """An uninitialised head over this rank's share of the vocabulary; `dtype` is the activations'."""
         return self.linear(vocab, hidden, device)
 
     def tied(self, embedding: Tensor) -> LinearWeight | None:
