@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 from ziphius.errors import ConfigError
@@ -41,6 +40,8 @@ def instances_folder(home: Path) -> Path:
 
 def package_version() -> str:
     """Of the installed package; `unknown` in a tree that is not installed."""
+    from importlib import metadata  # here: it is slow to import, and few callers ask for the version
+
     try:
         return metadata.version("ziphius")
     except metadata.PackageNotFoundError:

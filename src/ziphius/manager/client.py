@@ -1,17 +1,19 @@
-"""Asks a server how it is, for the manager; it decides nothing about what the answer means.
+"""Asks a server how it is, for the manager. What the answer means is decided in `status`.
 
-Plain http.client: importing httpx takes longer than the rest of `ziphius status` together.
+It uses http.client, and imports it only to ask: a library for HTTP takes longer to import than all of `ziphius status`.
 """
 
 from __future__ import annotations
 
-import http.client
-import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ziphius.ipc.messages import LoadProgress
+
+if TYPE_CHECKING:
+    import http.client
 
 _MAX_ANSWER = 1 << 20
 
@@ -60,6 +62,8 @@ def reachable(host: str) -> str:
 
 def ask(host: str, port: int, timeout_s: float = 3.0) -> Answer:
     """GET /status, and /health where it says `ready`. Never raises for what the server does or fails to do."""
+    import http.client  # here: `status` of a server that is stopped does without it
+
     url = base_url(host, port)
     connection = http.client.HTTPConnection(reachable(host), port, timeout=timeout_s)
     try:
@@ -73,7 +77,7 @@ def ask(host: str, port: int, timeout_s: float = 3.0) -> Answer:
         return Answer(problem=f"nothing listens on {url}", listening=False)
     except TimeoutError:
         return Answer(problem=f"{url} did not answer within {timeout_s:g} s")
-    except (socket.gaierror, OSError, http.client.HTTPException) as e:
+    except (OSError, http.client.HTTPException) as e:
         return Answer(problem=f"{url}: {e or type(e).__name__}")
     except (msgspec.DecodeError, msgspec.ValidationError):
         return Answer(problem=f"{url} is not a Ziphius server")

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers.launcher import Launcher
 from ziphius.manager import logs, process, release, slurm_jobs
 from ziphius.manager.client import Answer
-from ziphius.manager.instance import Instances, Record, State
-from ziphius.manager.status import Status, observe
+from ziphius.manager.instance import Record, State
+from ziphius.manager.observer import Observer
+from ziphius.manager.status import Status
 from ziphius.manager.watch import Watch, WatchOf, watch_of
 
 _POLL_S = 0.2
@@ -38,14 +39,6 @@ class Started:
     already: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where an instance is reached, and with what key."""
-
-    url: str
-    api_key: str | None
-
-
 OnProgress = Callable[[LoadProgress], None]
 OnWait = Callable[[float], None]
 """Hears how many seconds a stop has waited."""
@@ -53,11 +46,8 @@ OnNote = Callable[[str], None]
 """Hears what a launcher notes of a launch."""
 
 
-class Manager:
-    """The instances of one home folder. `launcher` is the seam: it says which command an instance is.
-
-    `watch_of`: how an engine that was started is asked, and its end explained.
-    """
+class Manager(Observer):
+    """Starts and stops the instances of one home folder. `launcher` says which command an instance is."""
 
     def __init__(
         self,
@@ -67,33 +57,10 @@ class Manager:
         on_note: OnNote = lambda _line: None,
         watch_of: WatchOf = watch_of,
     ) -> None:
-        self._instances = Instances(home)
+        super().__init__(home, watch_of)
         self._launcher = launcher
         self._env = env
         self._on_note = on_note
-        self._watch_of = watch_of
-
-    def log_path(self, name: str) -> Path:
-        return self._instances.log_path(name)
-
-    def record(self, name: str) -> Record | None:
-        return self._instances.read(name)
-
-    def status(self, name: str) -> Status:
-        """What the evidence says: the record, the process it names, and the server's own answer."""
-        return observe(self._instances, name, self._watch_of)
-
-    def statuses(self) -> list[Status]:
-        return [self.status(name) for name in self._instances.names()]
-
-    def address(self, name: str) -> Address:
-        """InstanceError, with what to do, unless the instance is RUNNING."""
-        status = self.status(name)
-        record = self._instances.read(name)
-        if status.state is not State.RUNNING or record is None or status.url is None:
-            remedy = "`ziphius status` tells more" if status.state.alive else "`ziphius start` starts it"
-            raise InstanceError(f"instance {name} is {status.state}, not running; {remedy}")
-        return Address(status.url, record.resolved.config.api_key)
 
     def start(self, resolved: Resolved, on_progress: OnProgress) -> Started:
         """Start an instance and wait until it is healthy.
@@ -144,18 +111,6 @@ class Manager:
                 raise InstanceError(f"instance {name} runs on this machine; stop it without --forget")
             if record is not None:
                 self._instances.write(replace(record, pid=None, job=None))
-
-    def log_tail(self, name: str, lines: int) -> list[str]:
-        return [self._without_secrets(name, line) for line in logs.tail(self.log_path(name), lines)]
-
-    def log_follow(self, name: str, lines: int) -> Iterator[str]:
-        return (self._without_secrets(name, text) for text in logs.follow(self.log_path(name), lines))
-
-    def _without_secrets(self, name: str, text: str) -> str:
-        """SGLang writes all its settings into its log, the API key among them."""
-        record = self._instances.read(name) if text else None
-        key = None if record is None else record.resolved.config.api_key
-        return text if not key else text.replace(key, "********")
 
     def _same_config(self, resolved: Resolved) -> bool:
         record = self._instances.read(resolved.config.name)

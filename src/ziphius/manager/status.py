@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ziphius.errors import InstanceError
 from ziphius.ipc.messages import LoadProgress
-from ziphius.manager import process, slurm_jobs
 from ziphius.manager.client import Answer, base_url
 from ziphius.manager.instance import Instances, Record, State
 from ziphius.manager.watch import Watch, WatchOf
+
+if TYPE_CHECKING:
+    from ziphius.manager import process
 
 _ASK_S = 3.0
 _BIND_S = 15.0
@@ -76,6 +79,8 @@ def observe(instances: Instances, name: str, watch_of: WatchOf) -> Status:
         return known
     if record.elsewhere:
         return replace(known, state=State.UNKNOWN, reason=f"it was started on another machine, {record.hostname}")
+    from ziphius.manager import process  # here: one that is stopped has no process to look at
+
     target = process.Target(record.pid, record.identity, record.run_id)
     watch = watch_of(record.resolved, log)
     if process.alive(target):
@@ -88,6 +93,8 @@ def observe(instances: Instances, name: str, watch_of: WatchOf) -> Status:
 
 
 def _of_job(known: Status, record: Record, log: Path, watch_of: WatchOf) -> Status:
+    from ziphius.manager import slurm_jobs
+
     assert record.job is not None
     try:
         job = slurm_jobs.look(record.job)
@@ -117,6 +124,8 @@ def _of_job(known: Status, record: Record, log: Path, watch_of: WatchOf) -> Stat
 
 
 def _live(known: Status, record: Record, target: process.Target, watch: Watch) -> Status:
+    from ziphius.manager import process
+
     answer = watch.ask(_ASK_S)
     known = replace(known, memory_bytes=process.resident_bytes(target))
     return _told(known, answer, max(0.0, time.time() - record.started_at))

@@ -9,7 +9,6 @@ from typing import Protocol
 from ziphius.config import Resolved
 from ziphius.manager import logs
 from ziphius.manager.client import Answer, ask
-from ziphius.manager.sglang_watch import SglangWatch
 
 
 class Watch(Protocol):
@@ -42,8 +41,10 @@ class NativeWatch:
         return logs.last_error(self._log)
 
 
-_WATCHES: dict[str, WatchOf] = {"native": NativeWatch, "sglang": SglangWatch}
-
-
 def watch_of(resolved: Resolved, log: Path) -> Watch:
-    return _WATCHES[resolved.config.engine](resolved, log)
+    """The watch of the engine that `resolved` names."""
+    if resolved.config.engine == "sglang":
+        from ziphius.manager.sglang_watch import SglangWatch  # here: it is slow to import, and most do without it
+
+        return SglangWatch(resolved, log)
+    return NativeWatch(resolved, log)
