@@ -32,8 +32,8 @@ from tests.end_to_end.conftest import (
 from tests.end_to_end.small_v25 import SHARDS, write_small_v25
 from tests.shared_memory import SharedMemory
 
+from ziphius import LLM
 from ziphius.ipc.messages import SamplingParams
-from ziphius.llm import LLM
 
 MODEL = "deepseek-ai/DeepSeek-V2.5-1210"
 ROOT = Path(__file__).parents[2]
