@@ -127,6 +127,15 @@ def test_the_package_gives_its_names_and_loads_nothing_for_them_before() -> None
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_length(module: str) -> None:
     text = MODULES[module].read_text(encoding="utf-8")

@@ -53,7 +53,7 @@ class AttentionBackend(Protocol):
         """
 
 
-class InSteps(ABC):
+class TwoStepLatentBackend(ABC):
     """attend_projected in two steps, for backends whose kernels do not do it in one."""
 
     def attend_projected(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ziphius.attention.backend import InSteps
+from ziphius.attention.backend import TwoStepLatentBackend
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.torch_reference import TorchBackend
 from ziphius.kv_cache.kv_pool import KVCache, LatentCache
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ziphius.kernels.cpu.paged_attention import PagedAttention
 
 
-class CpuBackend(InSteps):
+class CpuBackend(TwoStepLatentBackend):
     """The kernels keep keys in an order of their own (kernels/cpu/attention.py): a cache belongs to one backend."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ziphius.attention.backend import ProjectedTokens
 from ziphius.attention.batch import ForwardBatch
 from ziphius.kernels.gpu.combine import combine, combine_values
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.flash_prefill import Tiles, flash_prefill, make_tiles
 from ziphius.kernels.gpu.mla_inputs import NewTokens, decode_inputs, prompt_inputs
 from ziphius.kernels.gpu.paged_decode import FIXED_SPLIT, Paged, gqa_parts, mla_parts, split_plan
@@ -62,7 +62,7 @@ class _Chunks:
 
 class CudaBackend:
     def __init__(self, device: torch.device, batch_invariant: bool = False) -> None:
-        self._gpu = Gpu.of(device, batch_invariant)
+        self._gpu = GpuDevice.of(device, batch_invariant)
         self._tuned = Tuned.of(self._gpu)
         self._plan: _Plan | None = None
 

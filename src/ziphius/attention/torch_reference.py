@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ziphius.attention.backend import InSteps
+from ziphius.attention.backend import TwoStepLatentBackend
 from ziphius.attention.batch import ForwardBatch
 from ziphius.kv_cache.kv_pool import KVCache, LatentCache
 
@@ -37,7 +37,7 @@ class _Plan:
     chunks: list[_Chunk]
 
 
-class TorchBackend(InSteps):
+class TorchBackend(TwoStepLatentBackend):
     """Decode rows in one padded batch, prefill chunks sequence by sequence."""
 
     def __init__(self) -> None:

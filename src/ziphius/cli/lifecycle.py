@@ -144,10 +144,10 @@ def _serve(resolved: Resolved, force: bool, planned: bool) -> int:
         if not planned:
             from ziphius.launchers.engines import native_in_foreground
 
-            outlook = native_in_foreground(resolved, os.environ, force=force)
-            for line in outlook.notes:
+            start_plan = native_in_foreground(resolved, os.environ, force=force)
+            for line in start_plan.notes:
                 logger.info(line)
-            os.environ.update(outlook.environment)  # its ranks inherit it
+            os.environ.update(start_plan.environment)  # its ranks inherit it
         return run(resolved)
     except ZiphiusError as e:
         logger.error(e.message)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # rich takes long to import, and most verbs do without
 
     from ziphius.ipc.messages import LoadProgress
     from ziphius.manager.manager import Started
-    from ziphius.manager.status import Status
+    from ziphius.manager.status import InstanceStatus
 
 _MASK = "********"
 
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
     return f"{total} s"
 
 
-def print_status(status: Status) -> None:
+def print_status(status: InstanceStatus) -> None:
     reason = f": {status.reason}" if status.reason else ""
     print(f"{status.name} is {status.state}{reason}")
     rows = [("model", status.model), ("url", status.url), ("pid", status.pid)]
@@ -72,7 +72,7 @@ def print_status(status: Status) -> None:
             print(f"  {label:<9} {value}")
 
 
-def print_statuses(statuses: Iterable[Status]) -> None:
+def print_statuses(statuses: Iterable[InstanceStatus]) -> None:
     rows = [("NAME", "STATE", "URL", "MODEL")]
     rows += [(s.name, s.state.value, s.url or "-", s.model or "-") for s in statuses]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]

@@ -20,7 +20,7 @@ from ziphius.attention.batch import ForwardBatch
 from ziphius.engine.row_table import DecodePlan
 from ziphius.kernels.gpu.argmax import argmax_into
 from ziphius.kernels.gpu.decode_batch import HEADER, DecodeTensors, pack, unpack
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.models.causal_lm import CausalLM
 
@@ -70,7 +70,7 @@ class DecodeGraphs:
         self._pool = pool
         self._attention = attention
         self._last_token = last_token
-        self._gpu = Gpu.of(device)
+        self._gpu = GpuDevice.of(device)
         self._largest = largest
         self._graphs: dict[int, _Graph] = {}
         self._sizes: list[int] = []

@@ -33,7 +33,7 @@ class PromptLogprobWork:
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepInput:
     """What to run and what to take from it."""
 
     forward: ForwardBatch
@@ -87,7 +87,7 @@ class RowTable:
             num_top = sampling.top_logprobs if sampling.logprobs else 0
             self._scored[new.row] = _ScoredPrompt(new.prompt_ids, sampling.prompt_logprobs_from, num_top)
 
-    def plan(self, work: Sequence[RowWork]) -> StepPlan:
+    def plan(self, work: Sequence[RowWork]) -> StepInput:
         """The tensors of one step. Decode rows (no token ids) must come first in `work`."""
         for item in work:
             if item.new_pages:
@@ -120,7 +120,7 @@ class RowTable:
             page_size=self._page_size,
             sample_indices=upload(np.concatenate(wanted), self._device),
         )
-        return StepPlan(forward, rows[samples], scored)
+        return StepInput(forward, rows[samples], scored)
 
     def plan_decodes(self, work: Sequence[RowWork]) -> DecodePlan | None:
         """The integers of a step of decode rows that all get a token; None for any other step."""

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ziphius.errors import ConfigError
-from ziphius.launchers.job import Job, Mount, container_variables, made_folders, mounts, server_words, without_own
 from ziphius.launchers.launcher import RUN_ID, Launch
+from ziphius.launchers.runtime import (
+    Mount,
+    SglangServer,
+    container_variables,
+    made_folders,
+    mounts,
+    server_words,
+    without_own,
+)
 
 PROGRAMS = ("apptainer", "singularity")
 _PREFIX = "APPTAINERENV_"
@@ -43,29 +51,29 @@ class Apptainer:
         if not self.image.exists():
             raise ConfigError(f"there is no image {self.image}: `ziphius image build` makes one", param="image")
 
-    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
+    def launch(self, server: SglangServer, env: Mapping[str, str]) -> Launch:
         program = find_program(env) or PROGRAMS[0]
         words = [program, "exec"]
         # Its own process ids: with the first of them everything in it ends, whatever ignores signals or forks.
         words += ["--pid"]
-        if job.gpus:
+        if server.gpus:
             words += ["--nv"]
         # The image's environment and what is meant for it, as it is: no shell looks at the values.
         words += ["--cleanenv", "--no-eval", "--no-mount", "cwd", "--pwd", "/"]
         # A home of its own: root's would hide what an image keeps in /root, and anybody's may be on NFS.
-        words += ["--home", str(job.home)]
-        for mount in mounts(job):
+        words += ["--home", str(server.home)]
+        for mount in mounts(server):
             words += ["--mount", mount_option(mount)]
-        argv = (*words, str(self.image), self.python, *server_words(job))
+        argv = (*words, str(self.image), self.python, *server_words(server))
         # A singularity that is no Apptainer knows only its own prefix; Apptainer takes that one too, and warns.
         prefix = _PREFIX if Path(program).name == "apptainer" else "SINGULARITYENV_"
-        inside = {prefix + name: value for name, value in container_variables(job, env).items()}
+        inside = {prefix + name: value for name, value in container_variables(server, env).items()}
         return Launch(
             argv,
             {**_of_the_host(env), **inside},
             None,
-            files=() if job.secrets is None else (job.secrets,),
-            folders=made_folders(job),
+            files=() if server.secrets is None else (server.secrets,),
+            folders=made_folders(server),
             marks=(RUN_ID, prefix + RUN_ID),
         )
 

@@ -12,8 +12,8 @@ from ziphius.config import Resolved
 from ziphius.errors import ConfigError
 from ziphius.launchers import native, sglang
 from ziphius.launchers.launcher import Launch, Launcher
-from ziphius.launchers.native_plan import NativeOutlook, plan_native
-from ziphius.launchers.sglang_plan import Outlook, plan_start
+from ziphius.launchers.native_plan import NativeStartPlan, plan_native
+from ziphius.launchers.sglang_plan import SglangStartPlan, plan_start
 from ziphius.planner.abilities import OF_SGLANG_ONLY
 from ziphius.planner.hardware import Host
 from ziphius.planner.probe import probe_host
@@ -27,7 +27,7 @@ def engine_launcher(*, force: bool = False, show_for: Host | None = None) -> Lau
     `show_for`: the machine that a command is shown for, where it is not to be started.
     """
 
-    def planned(resolved: Resolved, env: Mapping[str, str]) -> Outlook:
+    def planned(resolved: Resolved, env: Mapping[str, str]) -> SglangStartPlan:
         return plan_start(resolved, env, force=force, probe=probe_host if show_for is None else lambda: show_for)
 
     def launch(resolved: Resolved, env: Mapping[str, str]) -> Launch:
@@ -42,25 +42,25 @@ def engine_launcher(*, force: bool = False, show_for: Host | None = None) -> Lau
 def _native(resolved: Resolved, env: Mapping[str, str], force: bool, show_for: Host | None) -> Launch:
     launch = native.native(resolved, env)
     if show_for is None:
-        outlook = plan_native(resolved, env, force=force, probe=probe_host)
+        start_plan = plan_native(resolved, env, force=force, probe=probe_host)
     else:  # another machine's torch is taken to be one for its GPUs
-        outlook = plan_native(resolved, env, force=force, probe=lambda: show_for, torch_cuda=True)
+        start_plan = plan_native(resolved, env, force=force, probe=lambda: show_for, torch_cuda=True)
     return replace(
         launch,
-        env={**launch.env, **outlook.environment},
-        predicted_kv_tokens=outlook.predicted_kv_tokens,
-        notes=outlook.notes,
+        env={**launch.env, **start_plan.environment},
+        predicted_kv_tokens=start_plan.predicted_kv_tokens,
+        notes=start_plan.notes,
     )
 
 
-def native_in_foreground(resolved: Resolved, env: Mapping[str, str], *, force: bool) -> NativeOutlook:
+def native_in_foreground(resolved: Resolved, env: Mapping[str, str], *, force: bool) -> NativeStartPlan:
     """What `start` makes sure of before it launches the native engine, for who runs it without a launch.
 
     The machines after the first leave it to that one.
     """
     refuse_other_engines_options(resolved)
     if resolved.config.node_rank > 0:
-        return NativeOutlook()
+        return NativeStartPlan()
     return plan_native(resolved, env, force=force, probe=probe_host)
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ziphius.errors import ConfigError
-from ziphius.launchers.job import Job, server_words, without_own
 from ziphius.launchers.launcher import Launch
+from ziphius.launchers.runtime import SglangServer, server_words, without_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +30,13 @@ class Local:
         if self._interpreter() is None:
             raise ConfigError(f"--python {self.python}: there is no such program", param="python")
 
-    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
-        argv = (self._interpreter() or str(self.python), *server_words(job))
-        child = {**without_own(env), **job.variables}
+    def launch(self, server: SglangServer, env: Mapping[str, str]) -> Launch:
+        argv = (self._interpreter() or str(self.python), *server_words(server))
+        child = {**without_own(env), **server.variables}
         # The caller's folder must not shadow modules (a random http.py there).
         child.setdefault("PYTHONSAFEPATH", "1")
         child.setdefault("PYTHONFAULTHANDLER", "1")
-        return Launch(argv, child, None, files=() if job.secrets is None else (job.secrets,))
+        return Launch(argv, child, None, files=() if server.secrets is None else (server.secrets,))
 
     def _interpreter(self) -> str | None:
         if self.python is None:

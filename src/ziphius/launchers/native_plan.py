@@ -15,7 +15,7 @@ from ziphius.ranks.layout import rank_layout
 
 
 @dataclass(frozen=True, slots=True)
-class NativeOutlook:
+class NativeStartPlan:
     """What the plan says of a start."""
 
     predicted_kv_tokens: int | None = None
@@ -40,8 +40,8 @@ def plan_native(
     force: bool,
     probe: Callable[[], Host],
     torch_cuda: bool | None = None,
-) -> NativeOutlook:
-    """The outlook on this machine.
+) -> NativeStartPlan:
+    """Plan a start on this machine.
 
     DoesNotFit, with the numbers and the nearest changes; ConfigError for options that the model or the machine
     contradicts; ModelError for a config that cannot be read. With `force` these are notes instead.
@@ -56,28 +56,30 @@ def plan_native(
         source = find_model(config.model, env, config.revision)
         plan = check_start(config, source, host, torch_cuda=torch_cuda)
     except (ModelNotFound, DownloadError):
-        return NativeOutlook()
+        return NativeStartPlan()
     except DoesNotFit as e:
         if not force:
             raise type(e)(f"{e.message}; --force starts it all the same") from e
-        return NativeOutlook(notes=(f"started although {e.message}",))
+        return NativeStartPlan(notes=(f"started although {e.message}",))
     except (ConfigError, ModelError) as e:
         if not force:
             raise
-        return NativeOutlook(notes=(f"started although {e.message}",))
-    return _outlook(plan, host, config.nnodes, env.get("CUDA_VISIBLE_DEVICES", ""))
+        return NativeStartPlan(notes=(f"started although {e.message}",))
+    return _start_plan(plan, host, config.nnodes, env.get("CUDA_VISIBLE_DEVICES", ""))
 
 
-def _outlook(plan: Plan, host: Host, machines: int, visible: str) -> NativeOutlook:
+def _start_plan(plan: Plan, host: Host, machines: int, visible: str) -> NativeStartPlan:
     chosen = plan.shown
     if chosen is None:
-        return NativeOutlook()
+        return NativeStartPlan()
     notes = (f"planned: {chosen.reason}",)
     first = tuple(gpu.index for gpu in host.gpus[: chosen.tp])
     # Who named GPUs by UUID, as some clusters do, may use those alone; which they are is not known here.
     by_uuid = not all(part.strip().isdigit() for part in visible.split(",") if part.strip())
     sliced = any(gpu.mig for gpu in host.gpus)
     if chosen.device == "cpu" or machines > 1 or chosen.gpus == first or sliced or by_uuid:
-        return NativeOutlook(chosen.kv_tokens, notes=notes)
+        return NativeStartPlan(chosen.kv_tokens, notes=notes)
     numbers = ", ".join(map(str, chosen.gpus))
-    return NativeOutlook(chosen.kv_tokens, chosen.gpus, (*notes, f"on GPU {numbers}, which have the most free memory"))
+    return NativeStartPlan(
+        chosen.kv_tokens, chosen.gpus, (*notes, f"on GPU {numbers}, which have the most free memory")
+    )

@@ -17,7 +17,7 @@ from ziphius.planner.probe import probe_host
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
+class SglangStartPlan:
     """What the plan says of a start."""
 
     planned: Planned
@@ -30,8 +30,8 @@ class Outlook:
 
 def plan_start(
     resolved: Resolved, env: Mapping[str, str], *, force: bool, probe: Callable[[], Host] = probe_host
-) -> Outlook:
-    """The outlook on this machine. DoesNotFit, with the numbers and the nearest changes, unless `force`.
+) -> SglangStartPlan:
+    """Plan a start on this machine. DoesNotFit, with the numbers and the nearest changes, unless `force`.
 
     A model that the planner does not know is no reason to refuse: SGLang knows many more.
     """
@@ -42,18 +42,18 @@ def plan_start(
         source = find_model(config.model, env, config.revision)
         plan = build_plan(source, _all_machines(host, resolved), request_of(config, host, source, torch_cuda=True))
     except ModelError as e:
-        return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
+        return SglangStartPlan(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     except ConfigError as e:
         if not force:
             raise
-        return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
+        return SglangStartPlan(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     remote_code = source.config.mla is not None
     if plan.recommendation is None:
         refused = refusal(plan)
         if not force:
             raise type(refused)(f"{refused.message}; --force starts it all the same")
-        return Outlook(Planned(None, remote_code), gpus, notes=(f"started although {refused.message}",))
-    return _outlook(plan, gpus, remote_code)
+        return SglangStartPlan(Planned(None, remote_code), gpus, notes=(f"started although {refused.message}",))
+    return _start_plan(plan, gpus, remote_code)
 
 
 def _all_machines(host: Host, resolved: Resolved) -> Host:
@@ -65,9 +65,9 @@ def _all_machines(host: Host, resolved: Resolved) -> Host:
     return host
 
 
-def _outlook(plan: Plan, gpus: bool, remote_code: bool) -> Outlook:
+def _start_plan(plan: Plan, gpus: bool, remote_code: bool) -> SglangStartPlan:
     chosen = plan.shown
     if not gpus or chosen is None:
-        return Outlook(Planned(None, remote_code), gpus)
-    outlook = Outlook(Planned(chosen.mem_fraction, remote_code), gpus, chosen.kv_tokens)
-    return replace(outlook, notes=(f"planned: {chosen.reason}",))
+        return SglangStartPlan(Planned(None, remote_code), gpus)
+    start_plan = SglangStartPlan(Planned(chosen.mem_fraction, remote_code), gpus, chosen.kv_tokens)
+    return replace(start_plan, notes=(f"planned: {chosen.reason}",))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ziphius.checkpoint.config import MoEConfig
 from ziphius.distributed import ParallelState
 from ziphius.kernels.gpu import activation, experts, norm, rotary, routing
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.experts import ExpertMatrices, PairConfig
 from ziphius.kernels.gpu.routing import Routes
 from ziphius.kernels.gpu.tuning import ExpertsPlan, GroupedPlan
@@ -28,7 +28,7 @@ _ROUTE_AT_ONCE = 20480
 
 class CudaOps:
     def __init__(self, device: torch.device, batch_invariant: bool = False) -> None:
-        self._gpu = Gpu.of(device, batch_invariant)
+        self._gpu = GpuDevice.of(device, batch_invariant)
         self._kernels = CudaKernels(self._gpu, device)
         self._routing = routing.RouteWorkspace.on(device)
 

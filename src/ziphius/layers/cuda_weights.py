@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.gemv import gemv
 from ziphius.kernels.gpu.skinny import SplitWorkspace, skinny_linear
 from ziphius.kernels.gpu.tuning import Tuned
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class CudaKernels:
     """What products on one GPU share. Belongs to one stream."""
 
-    def __init__(self, gpu: Gpu, device: torch.device) -> None:
+    def __init__(self, gpu: GpuDevice, device: torch.device) -> None:
         self.gpu = gpu
         self.tuned = Tuned.of(gpu)
         self.workspace = SplitWorkspace.on(device)
@@ -81,7 +81,7 @@ class CudaDenseFormat:
     def __init__(self, dtype: torch.dtype, device: torch.device, batch_invariant: bool = False) -> None:
         self._dtype = dtype
         self.batch_invariant = batch_invariant
-        self._kernels = CudaKernels(Gpu.of(device, batch_invariant), device)
+        self._kernels = CudaKernels(GpuDevice.of(device, batch_invariant), device)
 
     def linear(self, out_features: int, in_features: int, device: torch.device) -> LinearWeight:
         weight = torch.empty((out_features, in_features), dtype=self._dtype, device=device)

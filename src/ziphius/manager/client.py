@@ -38,7 +38,7 @@ class ServerStatus(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ServerAnswer:
     """What a server said, or why it said nothing."""
 
     status: ServerStatus | None = None
@@ -60,7 +60,7 @@ def reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def ask(host: str, port: int, timeout_s: float = 3.0) -> Answer:
+def ask(host: str, port: int, timeout_s: float = 3.0) -> ServerAnswer:
     """GET /status, and /health where it says `ready`. Never raises for what the server does or fails to do."""
     import http.client  # here: `status` of a server that is stopped does without it
 
@@ -69,18 +69,18 @@ def ask(host: str, port: int, timeout_s: float = 3.0) -> Answer:
     try:
         code, body = get(connection, "/status")
         if code != 200:
-            return Answer(problem=f"{url}/status answered {code}")
+            return ServerAnswer(problem=f"{url}/status answered {code}")
         status = msgspec.json.decode(body, type=ServerStatus)
         healthy = status.state == "ready" and get(connection, "/health")[0] == 200
-        return Answer(status, healthy)
+        return ServerAnswer(status, healthy)
     except ConnectionRefusedError:
-        return Answer(problem=f"nothing listens on {url}", listening=False)
+        return ServerAnswer(problem=f"nothing listens on {url}", listening=False)
     except TimeoutError:
-        return Answer(problem=f"{url} did not answer within {timeout_s:g} s")
+        return ServerAnswer(problem=f"{url} did not answer within {timeout_s:g} s")
     except (OSError, http.client.HTTPException) as e:
-        return Answer(problem=f"{url}: {e or type(e).__name__}")
+        return ServerAnswer(problem=f"{url}: {e or type(e).__name__}")
     except (msgspec.DecodeError, msgspec.ValidationError):
-        return Answer(problem=f"{url} is not a Ziphius server")
+        return ServerAnswer(problem=f"{url} is not a Ziphius server")
     finally:
         connection.close()
 

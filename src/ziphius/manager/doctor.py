@@ -18,7 +18,7 @@ from ziphius.planner.hardware import Gpu, Host, describe
 from ziphius.planner.memory import GIB, MIB, gib
 from ziphius.planner.software import Package, TorchBuild, apptainer_version, packages, torch_build
 
-Status = Literal["ok", "warning", "problem"]
+FindingStatus = Literal["ok", "warning", "problem"]
 LEAST_PYTHON = (3, 11)
 
 
@@ -27,7 +27,7 @@ class Finding:
     """One line of the report. `remedy` is what to do, for all but `ok`."""
 
     name: str
-    status: Status
+    status: FindingStatus
     detail: str
     remedy: str | None = None
 
@@ -202,7 +202,7 @@ def _memory(facts: Facts) -> Iterable[Finding]:
         yield Finding("memory", "ok", f"{gib(available)} available")
     yield _shm(facts.shm_bytes, len(facts.host.gpus))
     if 0 <= facts.open_files < 4096:
-        status: Status = "problem" if facts.open_files < 1024 else "warning"
+        status: FindingStatus = "problem" if facts.open_files < 1024 else "warning"
         yield Finding("open files", status, f"at most {facts.open_files}",
                       "ulimit -n 65536: each client and each shard takes one")  # fmt: skip
     else:

@@ -42,7 +42,7 @@ def run(launch: Launch, drain_s: float, *, follows: bool = False) -> int:
         )
     except OSError as e:
         raise StartFailed(f"cannot start {launch.argv[0]}: {e.strerror}") from e
-    target = process.Target(child.pid, process.identity(child.pid) or "", run_id)
+    target = process.StartedProcess(child.pid, process.identity(child.pid) or "", run_id)
     try:
         while child.poll() is None and not asked:
             try:

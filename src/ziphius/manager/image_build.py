@@ -114,7 +114,9 @@ def _run(command: tuple[str, ...], partial: Path, env: Mapping[str, str], on_pro
                 _tell(lines, partial, on_progress)
                 time.sleep(_POLL_S)
         except BaseException:
-            process.end_tree(process.Target(child.pid, process.identity(child.pid) or "", run_id), process.SETTLE_S)
+            process.end_tree(
+                process.StartedProcess(child.pid, process.identity(child.pid) or "", run_id), process.SETTLE_S
+            )
             raise
         reader.join()
     if child.returncode:

@@ -19,10 +19,10 @@ from ziphius.installation import package_version
 from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers.launcher import Launcher
 from ziphius.manager import logs, process, release, slurm_jobs
-from ziphius.manager.client import Answer
+from ziphius.manager.client import ServerAnswer
 from ziphius.manager.instance import Record, State
 from ziphius.manager.observer import Observer
-from ziphius.manager.status import Status
+from ziphius.manager.status import InstanceStatus
 from ziphius.manager.watch import Watch, WatchOf, watch_of
 
 _POLL_S = 0.2
@@ -35,7 +35,7 @@ _STOP_S = 90.0
 class Started:
     """A start that ended well. `already`: it ran before, as asked for; nothing was started."""
 
-    status: Status
+    status: InstanceStatus
     already: bool
 
 
@@ -78,7 +78,7 @@ class Manager(Observer):
         self._wait_until_healthy(child, record, on_progress)
         return Started(self.status(name), already=False)
 
-    def stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> Status:
+    def stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> InstanceStatus:
         """End an instance's whole process tree; returns when none of it is left, with the status from before.
 
         `drain_s` (default: the instance's own) is how long running requests may go on. InstanceError when
@@ -244,7 +244,7 @@ class Manager(Observer):
         release.wait_for_memory(held, probe_host)
         release.wait_for_port(config.host, config.port)
 
-    def _stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> Status:
+    def _stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> InstanceStatus:
         before = self.status(name)
         record = self._instances.read(name)
         if record is not None and record.job is not None:
@@ -267,12 +267,12 @@ class Manager(Observer):
         return before
 
 
-def _target(record: Record) -> process.Target:
+def _target(record: Record) -> process.StartedProcess:
     assert record.pid is not None
-    return process.Target(record.pid, record.identity, record.run_id)
+    return process.StartedProcess(record.pid, record.identity, record.run_id)
 
 
-def _said(answer: Answer) -> str:
+def _said(answer: ServerAnswer) -> str:
     return f": {answer.problem}" if answer.problem else ""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ziphius.errors import InstanceError
 from ziphius.manager import logs
 from ziphius.manager.instance import Instances, Record, State
-from ziphius.manager.status import Status, observe
+from ziphius.manager.status import InstanceStatus, observe
 from ziphius.manager.watch import WatchOf, watch_of
 
 
@@ -34,11 +34,11 @@ class Observer:
     def record(self, name: str) -> Record | None:
         return self._instances.read(name)
 
-    def status(self, name: str) -> Status:
+    def status(self, name: str) -> InstanceStatus:
         """What the evidence says: the record, the process it names, and the server's own answer."""
         return observe(self._instances, name, self._watch_of)
 
-    def statuses(self) -> list[Status]:
+    def statuses(self) -> list[InstanceStatus]:
         return [self.status(name) for name in self._instances.names()]
 
     def address(self, name: str) -> Address:

@@ -29,7 +29,7 @@ _NOTHING_LEFT = re.compile(r"No such container|connect to the docker (?:daemon|A
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class StartedProcess:
     """A started process, told from any later one of the same number, and the mark of what belongs to it."""
 
     pid: int
@@ -57,7 +57,7 @@ def identity(pid: int) -> str | None:
         return None
 
 
-def alive(target: Target) -> bool:
+def alive(target: StartedProcess) -> bool:
     return identity(target.pid) == target.identity
 
 
@@ -130,7 +130,7 @@ def describe_exit(code: int) -> str:
     return f"it was ended by {name}{hint}"
 
 
-def tree(target: Target) -> list[psutil.Process]:
+def tree(target: StartedProcess) -> list[psutil.Process]:
     """All living processes of this start: descendants, the main process' session, and whatever carries its mark.
 
     Workers whose parent was killed have a new parent, and may have left the session: the mark finds them.
@@ -148,7 +148,7 @@ def tree(target: Target) -> list[psutil.Process]:
     return [process for process in found.values() if _lives(process)]
 
 
-def resident_bytes(target: Target) -> int:
+def resident_bytes(target: StartedProcess) -> int:
     """Resident memory of the main process and its descendants; pages they share count for each."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -159,7 +159,7 @@ def resident_bytes(target: Target) -> int:
     return total
 
 
-def end_tree(target: Target, patience_s: float, on_wait: Callable[[float], None] | None = None) -> None:
+def end_tree(target: StartedProcess, patience_s: float, on_wait: Callable[[float], None] | None = None) -> None:
     """End every process of this start, and return when none is left. Nothing else is ever signalled.
 
     TERM to the main process, which drains by itself; after `patience_s` a second TERM (no more waiting), KILL
@@ -192,7 +192,7 @@ def _end_main(main: psutil.Process, patience_s: float, on_wait: Callable[[float]
         _signal(process, signal.SIGKILL)
 
 
-def _end_rest(target: Target, members: dict[int, psutil.Process]) -> None:
+def _end_rest(target: StartedProcess, members: dict[int, psutil.Process]) -> None:
     """Workers end when their parent does; whoever does not is killed, newcomers too, until nobody is left."""
     settled = time.monotonic() + SETTLE_S
     deadline = settled + _KILL_S
@@ -235,7 +235,7 @@ def _carries(process: psutil.Process, run_id: str) -> bool:
         return False  # another user's, or gone meanwhile
 
 
-def _in_session(process: psutil.Process, target: Target) -> bool:
+def _in_session(process: psutil.Process, target: StartedProcess) -> bool:
     try:
         return os.getsid(process.pid) == target.pid
     except OSError:

@@ -15,7 +15,7 @@ from ziphius.installation import package_version
 from ziphius.launchers.slurm import Allocation, batch_script
 from ziphius.manager import logs, slurm_jobs
 from ziphius.manager.instance import Instances, Record
-from ziphius.manager.status import Status, observe
+from ziphius.manager.status import InstanceStatus, observe
 from ziphius.manager.watch import watch_of
 
 
@@ -29,7 +29,7 @@ class SlurmInstances:
     def script(self, resolved: Resolved, allocation: Allocation) -> str:
         return batch_script(resolved, allocation, self._instances.folder(resolved.config.name), self._env)
 
-    def submit(self, resolved: Resolved, allocation: Allocation) -> Status:
+    def submit(self, resolved: Resolved, allocation: Allocation) -> InstanceStatus:
         """The new job's status. AlreadyRunning or another InstanceError; then nothing was submitted."""
         name = resolved.config.name
         with self._instances.lock(name, "slurm"):

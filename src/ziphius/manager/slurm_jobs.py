@@ -32,7 +32,7 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class SlurmJob:
     """What Slurm says of a job."""
 
     state: str
@@ -53,7 +53,7 @@ def submit(script: str, env: Mapping[str, str]) -> str:
     return told.strip().partition(";")[0]
 
 
-def look(job: str) -> Job | None:
+def look(job: str) -> SlurmJob | None:
     """None for a job that Slurm does not know (any more). InstanceError when Slurm does not answer."""
     try:
         told = _run(["scontrol", "show", "job", "--oneliner", job])
@@ -63,7 +63,7 @@ def look(job: str) -> Job | None:
         raise
     fields = dict(re.findall(r"(\w+)=(\S*)", told))
     head = fields.get("BatchHost") or None
-    return Job(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), head, fields.get("ExitCode", ""))
+    return SlurmJob(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), head, fields.get("ExitCode", ""))
 
 
 def end(job: str, drain_s: float, on_wait: Callable[[float], None] | None = None) -> None:

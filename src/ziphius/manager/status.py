@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ziphius.errors import InstanceError
 from ziphius.ipc.messages import LoadProgress
-from ziphius.manager.client import Answer, base_url
+from ziphius.manager.client import ServerAnswer, base_url
 from ziphius.manager.instance import Instances, Record, State
 from ziphius.manager.watch import Watch, WatchOf
 
@@ -22,7 +22,7 @@ _BIND_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
+class InstanceStatus:
     """One instance, as `status --json` prints it. None: not known, or it makes no sense in this state."""
 
     name: str
@@ -53,17 +53,17 @@ class Status:
     log: str | None = None
 
 
-def observe(instances: Instances, name: str, watch_of: WatchOf) -> Status:
+def observe(instances: Instances, name: str, watch_of: WatchOf) -> InstanceStatus:
     """STARTING, RUNNING, UNHEALTHY or STOPPING of a live process; STOPPED, FAILED or UNKNOWN otherwise."""
     try:
         record = instances.read(name)
     except InstanceError as e:
-        return Status(name=name, state=State.UNKNOWN, reason=e.message)
+        return InstanceStatus(name=name, state=State.UNKNOWN, reason=e.message)
     if record is None:
-        return Status(name=name, state=State.STOPPED, reason="it was never started")
+        return InstanceStatus(name=name, state=State.STOPPED, reason="it was never started")
     config = record.resolved.config
     log = instances.log_path(name)
-    known = Status(
+    known = InstanceStatus(
         name=name,
         state=State.STOPPED,
         host=config.host,
@@ -81,7 +81,7 @@ def observe(instances: Instances, name: str, watch_of: WatchOf) -> Status:
         return replace(known, state=State.UNKNOWN, reason=f"it was started on another machine, {record.hostname}")
     from ziphius.manager import process  # here: one that is stopped has no process to look at
 
-    target = process.Target(record.pid, record.identity, record.run_id)
+    target = process.StartedProcess(record.pid, record.identity, record.run_id)
     watch = watch_of(record.resolved, log)
     if process.alive(target):
         live = _live(replace(known, pid=record.pid, url=base_url(config.host, config.port)), record, target, watch)
@@ -92,7 +92,7 @@ def observe(instances: Instances, name: str, watch_of: WatchOf) -> Status:
     return replace(known, state=State.FAILED, reason=watch.last_words() or gone)
 
 
-def _of_job(known: Status, record: Record, log: Path, watch_of: WatchOf) -> Status:
+def _of_job(known: InstanceStatus, record: Record, log: Path, watch_of: WatchOf) -> InstanceStatus:
     from ziphius.manager import slurm_jobs
 
     assert record.job is not None
@@ -123,7 +123,7 @@ def _of_job(known: Status, record: Record, log: Path, watch_of: WatchOf) -> Stat
     return _told(known, answer, max(0.0, time.time() - record.started_at), always_starting=not answer.listening)
 
 
-def _live(known: Status, record: Record, target: process.Target, watch: Watch) -> Status:
+def _live(known: InstanceStatus, record: Record, target: process.StartedProcess, watch: Watch) -> InstanceStatus:
     from ziphius.manager import process
 
     answer = watch.ask(_ASK_S)
@@ -131,7 +131,7 @@ def _live(known: Status, record: Record, target: process.Target, watch: Watch) -
     return _told(known, answer, max(0.0, time.time() - record.started_at))
 
 
-def _told(known: Status, answer: Answer, age_s: float, always_starting: bool = False) -> Status:
+def _told(known: InstanceStatus, answer: ServerAnswer, age_s: float, always_starting: bool = False) -> InstanceStatus:
     state, reason = (State.STARTING, None) if always_starting else _judged(answer, age_s)
     said = answer.status
     known = replace(known, state=state, reason=reason, uptime_s=age_s)
@@ -151,7 +151,7 @@ def _told(known: Status, answer: Answer, age_s: float, always_starting: bool = F
     )
 
 
-def _judged(answer: Answer, age_s: float) -> tuple[State, str | None]:
+def _judged(answer: ServerAnswer, age_s: float) -> tuple[State, str | None]:
     """The state of a live process, from what it answers."""
     said = answer.status
     if said is None:

@@ -8,13 +8,13 @@ from typing import Protocol
 
 from ziphius.config import Resolved
 from ziphius.manager import logs
-from ziphius.manager.client import Answer, ask
+from ziphius.manager.client import ServerAnswer, ask
 
 
 class Watch(Protocol):
     """One start of one instance. Nothing here raises for what an engine does or fails to do."""
 
-    def ask(self, timeout_s: float) -> Answer:
+    def ask(self, timeout_s: float) -> ServerAnswer:
         """How it is now. It may take longer than `timeout_s` where the engine's health check does by design."""
         ...
 
@@ -34,7 +34,7 @@ class NativeWatch:
         self._config = resolved.config
         self._log = log
 
-    def ask(self, timeout_s: float) -> Answer:
+    def ask(self, timeout_s: float) -> ServerAnswer:
         return ask(self._config.host, self._config.port, timeout_s)
 
     def last_words(self) -> str | None:

@@ -129,15 +129,15 @@ class Request:
         self.prefill_end = self.launched = self.computed = 0
         self.preemptions += 1
 
-    def launch(self, num_tokens: int) -> Launch:
+    def launch(self, num_tokens: int) -> LaunchedRow:
         """Its next `num_tokens` go into a step."""
         self.launched += num_tokens
         self.steps_in_flight += 1
         samples = self.launched >= self.prefill_end and not self.last_token_is_in_flight
         self.samples_in_flight += samples
-        return Launch(self, self.row, self.launched, samples)
+        return LaunchedRow(self, self.row, self.launched, samples)
 
-    def land(self, launch: Launch) -> None:
+    def land(self, launch: LaunchedRow) -> None:
         """That step is over."""
         self.steps_in_flight -= 1
         self.samples_in_flight -= launch.samples
@@ -175,7 +175,7 @@ class Request:
         )
 
 
-class Launch(msgspec.Struct, frozen=True):
+class LaunchedRow(msgspec.Struct, frozen=True):
     """One request's part of a step in flight. A Struct, because one is made for each row of each step."""
 
     request: Request

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ziphius.ipc.messages import NewRow, RowWork, ScheduledBatch, TokenLogprob
-from ziphius.scheduler.request import Launch, Request
+from ziphius.scheduler.request import LaunchedRow, Request
 
 
 class Sampled(NamedTuple):
@@ -32,7 +32,7 @@ class StepPlan:
     step: int
     new_rows: list[NewRow] = field(default_factory=list)
     work: list[RowWork] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
+    launches: list[LaunchedRow] = field(default_factory=list)
     """Parallel to `work`."""
 
     def add_row(self, request: Request, pages: list[int]) -> None:

@@ -32,7 +32,7 @@ from ziphius.kernels.cpu.attention_tiles import (
     prefill_values,
     prefill_weights,
 )
-from ziphius.kernels.cpu.jit import Job, kernel
+from ziphius.kernels.cpu.jit import PoolJob, kernel
 from ziphius.kernels.cpu.memory import floats, ints32, ints64
 from ziphius.kernels.cpu.sync import next_task
 
@@ -336,14 +336,14 @@ def _prefill(thread: int, threads: int, sync: int, arguments: int) -> None:
             head += heads
 
 
-DECODE = Job(_decode)
+DECODE = PoolJob(_decode)
 """Decode rows; a task is one block of 64 keys of one row. Leaves partial results for FINISH_DECODE. Arguments: the
 address of an AttentionBlock; q float32 [tokens, heads, head_dim], scaled with softmax_factor; bytes from a token to
 the next; this layer's keys and values; where the result goes, and bytes from a token to the next there."""
 
-FINISH_DECODE = Job(_finish_decode)
+FINISH_DECODE = PoolJob(_finish_decode)
 """Joins the blocks of each decode row. Arguments: the address of an AttentionBlock; where the result goes, and bytes
 from a token to the next there."""
 
-PREFILL = Job(_prefill)
+PREFILL = PoolJob(_prefill)
 """All other sequences' tokens; a task is 16 tokens with the query heads of one key head. Arguments as DECODE."""

@@ -1,4 +1,4 @@
-"""How functions here are compiled (`kernel`), how threads get at them (`Job`), and where compiled code is kept."""
+"""How functions here are compiled (`kernel`), how threads get at them (`PoolJob`), and where compiled code is kept."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _keeps_code() -> bool:
     return bool(vars(config)["CACHE_DIR"])
 
 
-class Job:
+class PoolJob:
     """A function (thread, threads, sync, arguments) that all threads of a pool call together.
 
     `arguments` is the address of int64 values. Compiled when `address` is first asked for, and called by that

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ziphius.kernels.cpu.int8_tile import GROUP_STEPS, MAX_ROWS, TILE_COLUMNS, int8_tile
-from ziphius.kernels.cpu.jit import Job, kernel
+from ziphius.kernels.cpu.jit import PoolJob, kernel
 from ziphius.kernels.cpu.memory import floats, ints64
 from ziphius.kernels.cpu.pool import Program, ThreadPool
 from ziphius.kernels.cpu.quantize import PackedWeight, quantize_row, row_bytes
@@ -115,10 +115,10 @@ def _multiply(thread: int, threads: int, sync: int, arguments: int) -> None:
             _copy_edge(edge, size, n - column, y + 4 * (first * n + column), n)
 
 
-QUANTIZE_ROWS = Job(_quantize_rows)
+QUANTIZE_ROWS = PoolJob(_quantize_rows)
 """Arguments: the address of the number of rows; x float32 [rows, k]; k; where the quantized rows go."""
 
-MULTIPLY = Job(_multiply)
+MULTIPLY = PoolJob(_multiply)
 """y [rows, n] (+)= rows times weight. Arguments: the address of the number of rows; quantized rows; k; packed weight;
 its scales; n; y; whether to add to y; each thread's float32 [min(rows, ROW_BLOCK), 32], used where 32 does not divide
 n (then y cannot be added to)."""

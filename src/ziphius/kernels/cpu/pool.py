@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ziphius.kernels.cpu.jit import Job
+from ziphius.kernels.cpu.jit import PoolJob
 from ziphius.kernels.cpu.memory import aligned_bytes
 from ziphius.kernels.cpu.sync import RUN_PROGRAM, follow, lead, sync_words
 
@@ -23,10 +23,10 @@ class Program:
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[Job, NDArray[np.int64]]] = []
+        self._steps: list[tuple[PoolJob, NDArray[np.int64]]] = []
         self._block: NDArray[np.int64] | None = None
 
-    def add(self, job: Job, *arguments: int) -> NDArray[np.int64]:
+    def add(self, job: PoolJob, *arguments: int) -> NDArray[np.int64]:
         """Append; returns the arguments, which may be changed between runs."""
         block = np.array(arguments, dtype=np.int64)
         self._steps.append((job, block))

@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from ziphius.kernels.cpu.jit import Job, instruction, kernel
+from ziphius.kernels.cpu.jit import PoolJob, instruction, kernel
 from ziphius.kernels.cpu.memory import ints64
 
 _LINE = 64
@@ -80,7 +80,7 @@ def _pause(context: Any, builder: Any) -> None:
 
 @instruction(types.void, *[types.intp] * 5)
 def _call(context: Any, builder: Any, function: Any, thread: Any, threads: Any, sync: Any, arguments: Any) -> None:
-    """Call the Job at the address `function`."""
+    """Call the PoolJob at the address `function`."""
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4)
     builder.call(builder.inttoptr(function, kind.as_pointer()), [thread, threads, sync, arguments])
 
@@ -186,5 +186,5 @@ def _run_program(thread: int, threads: int, sync: int, arguments: int) -> None:
         _call(steps[2 * i], thread, threads, sync, steps[2 * i + 1])
 
 
-RUN_PROGRAM = Job(_run_program)
+RUN_PROGRAM = PoolJob(_run_program)
 """Jobs one after another, a barrier between them. Arguments: their number, then (job, its arguments) of each."""

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _argmax_kernel(logits, tokens, rows, last_token, vocab, stride, BLOCK: tl.co
     tl.store(last_token + tl.load(rows + row), token.to(tl.int64))
 
 
-def argmax_into(gpu: Gpu, logits: Tensor, tokens: Tensor, rows: Tensor, last_token: Tensor) -> None:
+def argmax_into(gpu: GpuDevice, logits: Tensor, tokens: Tensor, rows: Tensor, last_token: Tensor) -> None:
     """logits [n, vocab] float32; tokens[i] and last_token[rows[i]] become row i's best, the lowest id among equals."""
     count, vocab = logits.shape
     block = min(8192, triton.next_power_of_2(vocab))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.paged_decode import Parts
 
 
@@ -54,7 +54,7 @@ def _values_kernel(mixed, w_uv, y, tokens, HEADS: tl.constexpr, LORA: tl.constex
     tl.store(at, value.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & inside)
 
 
-def combine_values(gpu: Gpu, parts: Parts, w_uv: Tensor) -> Tensor:
+def combine_values(gpu: GpuDevice, parts: Parts, w_uv: Tensor) -> Tensor:
     """parts of [T, H, splits, lora], w_uv [H, lora, v] -> [T, H, v]."""
     mixed = combine(gpu, parts, w_uv.dtype)
     (tokens, heads, lora), value = mixed.shape, w_uv.shape[2]
@@ -68,7 +68,7 @@ def combine_values(gpu: Gpu, parts: Parts, w_uv: Tensor) -> Tensor:
     return y
 
 
-def combine(gpu: Gpu, parts: Parts, dtype: torch.dtype) -> Tensor:
+def combine(gpu: GpuDevice, parts: Parts, dtype: torch.dtype) -> Tensor:
     """parts of [T, H, splits, D] -> [T, H, D]."""
     tokens, heads, splits, dim = parts.sums.shape
     if splits == 1:

@@ -18,7 +18,7 @@ import triton.language as tl
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class GpuDevice:
     """The device that kernels are launched on."""
 
     name: str
@@ -30,7 +30,7 @@ class Gpu:
     """Whether no program's shape, and so no order of additions, may depend on the batch (--deterministic)."""
 
     @classmethod
-    def of(cls, device: torch.device, batch_invariant: bool = False) -> Gpu:
+    def of(cls, device: torch.device, batch_invariant: bool = False) -> GpuDevice:
         """CUDA's `device`; on a CPU, Triton's interpreter as a device of few processors."""
         if device.type != "cuda":
             return cls("interpreter", 4, False, batch_invariant)

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.expert_kernels import (
     down_kernel,
     gate_up_kernel,
@@ -83,7 +83,7 @@ class PairConfig:
 
 
 def pair_experts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     routes: Routes,
     matrices: ExpertMatrices,
@@ -108,7 +108,7 @@ def pair_config(hidden: int, width: int, element_size: int) -> PairConfig:
 
 
 def grouped_experts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     routes: Routes,
     blocks: ExpertBlocks,
@@ -123,7 +123,7 @@ def grouped_experts(
 
 
 def grouped_first(
-    gpu: Gpu, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """x [T, hidden] -> silu(gate) * up of each pair [pairs, I]."""
     hidden, width, pairs = x.shape[1], matrices.down.shape[2], routes.ids.numel()
@@ -140,7 +140,7 @@ def grouped_first(
 
 
 def grouped_second(
-    gpu: Gpu, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """act [pairs, I] -> each pair's share of its token's sum [pairs, hidden]."""
     (pairs, width), hidden = act.shape, matrices.down.shape[1]
@@ -156,7 +156,7 @@ def grouped_second(
 
 
 def prompt_experts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     routes: Routes,
     blocks: ExpertBlocks,
@@ -171,7 +171,7 @@ def prompt_experts(
 
 
 def prompt_first(
-    gpu: Gpu, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """x [T, hidden] -> silu(gate) * up in the blocks' order [blocks * block_size, I]; unused places unwritten."""
     hidden, width, size = x.shape[1], matrices.down.shape[2], blocks.block_size
@@ -187,7 +187,7 @@ def prompt_first(
 
 
 def prompt_second(
-    gpu: Gpu, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """act in the blocks' order -> each pair's share of its token's sum [pairs, hidden]."""
     hidden, width = matrices.down.shape[1:]
@@ -223,7 +223,9 @@ def experts_torch(x: Tensor, routes: Routes, matrices: ExpertMatrices, residual:
     return (total if residual is None else total + residual.float()).to(x.dtype)
 
 
-def pair_first(gpu: Gpu, x: Tensor, routes: Routes, matrices: ExpertMatrices, act: Tensor, config: PairConfig) -> None:
+def pair_first(
+    gpu: GpuDevice, x: Tensor, routes: Routes, matrices: ExpertMatrices, act: Tensor, config: PairConfig
+) -> None:
     hidden, (pairs, width) = x.shape[1], act.shape
     block_a, block_b = _two_blocks(hidden)
     pair_gate_up_kernel[(pairs, triton.cdiv(width, config.gate_rows))](
@@ -235,7 +237,7 @@ def pair_first(gpu: Gpu, x: Tensor, routes: Routes, matrices: ExpertMatrices, ac
 
 
 def pair_second(
-    gpu: Gpu,
+    gpu: GpuDevice,
     act: Tensor,
     routes: Routes,
     matrices: ExpertMatrices,
@@ -255,7 +257,7 @@ def pair_second(
     )  # fmt: skip
 
 
-def _sum_pairs(gpu: Gpu, pair_out: Tensor, tokens: int, residual: Tensor | None) -> Tensor:
+def _sum_pairs(gpu: GpuDevice, pair_out: Tensor, tokens: int, residual: Tensor | None) -> Tensor:
     hidden = pair_out.shape[1]
     y = torch.empty((tokens, hidden), dtype=pair_out.dtype, device=pair_out.device)
     added = y if residual is None else residual

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 BLOCK_Q = 128
@@ -131,7 +131,7 @@ def make_tiles(query_starts: list[int], key_starts: list[int], seen_by_first: li
 
 
 def flash_prefill(
-    gpu: Gpu,
+    gpu: GpuDevice,
     q: Tensor,
     k: Tensor,
     k_pe: Tensor | None,

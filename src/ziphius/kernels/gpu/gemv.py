@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
 
 _ELEMENTS_PER_THREAD = 64
@@ -60,7 +60,7 @@ def _gemv_kernel(x, weight, y, norm_weight, residual, rows, columns, stride, eps
 
 
 def gemv(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     weight: Tensor,
     *,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
 
 
@@ -120,7 +120,7 @@ def _prompt_inputs_kernel(q, latent, k_pe, norm_weight, cos, sin, slots, cache, 
     _rotate_queries(q, q + t * stride_q + NOPE, c_turn, s_turn, t, stride_q, NOPE + ROPE, HEADS, NOPE, ROPE, BLOCK_H)
 
 
-def decode_inputs(gpu: Gpu, q: Tensor, new: NewTokens, w_uk: Tensor, cache: Tensor) -> Tensor:
+def decode_inputs(gpu: GpuDevice, q: Tensor, new: NewTokens, w_uk: Tensor, cache: Tensor) -> Tensor:
     """q [T, H, nope + rope], not rotated, rows may be strided; w_uk [H, nope, lora]; cache [slots, lora + rope].
 
     Writes the new tokens into the cache -> queries [T, H, lora + rope] to compare with cache rows.
@@ -140,7 +140,7 @@ def decode_inputs(gpu: Gpu, q: Tensor, new: NewTokens, w_uk: Tensor, cache: Tens
     return out
 
 
-def prompt_inputs(gpu: Gpu, q: Tensor, new: NewTokens, nope: int, cache: Tensor) -> Tensor:
+def prompt_inputs(gpu: GpuDevice, q: Tensor, new: NewTokens, nope: int, cache: Tensor) -> Tensor:
     """As decode_inputs, but q_pe is rotated in place and nothing goes into the latent space.
 
     -> the new tokens' rows [T, lora + rope], as the cache has them.

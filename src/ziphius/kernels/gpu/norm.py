@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 
 @triton.jit
@@ -32,14 +32,14 @@ def _rms_norm_kernel(x, residual, weight, y, size, stride_x, stride_y, eps, BLOC
     tl.store(y + row * stride_y + at, (normed * w).to(y.dtype.element_ty), mask=inside)
 
 
-def rms_norm(gpu: Gpu, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(gpu: GpuDevice, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, size], rows may be strided -> [T, size] contiguous."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(gpu, x, x, weight, y, eps, add=False)
     return y
 
 
-def add_rms_norm(gpu: Gpu, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(gpu: GpuDevice, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); `residual` [T, size] contiguous becomes the sum."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(gpu, x, residual, weight, y, eps, add=True)
@@ -52,7 +52,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def _launch(gpu: Gpu, x: Tensor, residual: Tensor, weight: Tensor, y: Tensor, eps: float, add: bool) -> None:
+def _launch(gpu: GpuDevice, x: Tensor, residual: Tensor, weight: Tensor, y: Tensor, eps: float, add: bool) -> None:
     rows, size = x.shape
     if rows == 0:
         return

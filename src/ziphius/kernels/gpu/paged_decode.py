@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 FIXED_SPLIT = 1024
@@ -254,7 +254,7 @@ def _gqa_kernel(q, k_cache, v_cache, page_table, seq_lens, sums, logs, scale, st
 
 
 @dataclass(frozen=True, slots=True)
-class MLAConfig:
+class MLADecodeConfig:
     """How latent attention is cut."""
 
     block_h: int
@@ -266,19 +266,19 @@ class MLAConfig:
     """Which operand comes first: cache rows, for few heads, or queries."""
 
 
-def mla_config(heads: int, element_size: int) -> MLAConfig:
+def mla_config(heads: int, element_size: int) -> MLADecodeConfig:
     """Where nothing was measured. Of few heads a program leaves room for a second one on its processor."""
-    return MLAConfig(16 if heads <= 32 else 32, 16 if element_size == 4 else 32, 3, 4 if heads <= 32 else 8)
+    return MLADecodeConfig(16 if heads <= 32 else 32, 16 if element_size == 4 else 32, 3, 4 if heads <= 32 else 8)
 
 
 def mla_parts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     q: Tensor,
     cache: Tensor,
     paged: Paged,
     scale: float,
     plan: SplitPlan,
-    config: MLAConfig | None = None,
+    config: MLADecodeConfig | None = None,
 ) -> Parts:
     """q [T, H, lora + rope] (decode_inputs), cache [slots, lora + rope]; lora: a power of two, 32 at least."""
     tokens, heads, width = q.shape
@@ -297,7 +297,7 @@ def mla_parts(
 
 
 def gqa_parts(
-    gpu: Gpu, q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: Paged, scale: float, plan: SplitPlan
+    gpu: GpuDevice, q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: Paged, scale: float, plan: SplitPlan
 ) -> Parts:
     """q [T, H, D], rows may be strided; caches [slots, KH, D]."""
     tokens, heads, dim = q.shape

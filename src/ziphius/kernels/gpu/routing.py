@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.checkpoint.config import MoEConfig
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
 
 ALIGN_AT_ONCE = 1024
@@ -241,7 +241,7 @@ class RouteWorkspace:
         return cls(*(torch.zeros(1024, dtype=torch.int32, device=device) for _ in range(2)))
 
 
-def top_k(gpu: Gpu, logits: Tensor, moe: MoEConfig, shared: int, workspace: RouteWorkspace) -> Routes:
+def top_k(gpu: GpuDevice, logits: Tensor, moe: MoEConfig, shared: int, workspace: RouteWorkspace) -> Routes:
     """logits [T, experts] float32 -> routes of moe.num_experts_per_tok + shared pairs a token."""
     routes = _empty_routes(logits.shape[0], moe, shared, logits.device)
     if logits.shape[0]:
@@ -253,7 +253,7 @@ def top_k(gpu: Gpu, logits: Tensor, moe: MoEConfig, shared: int, workspace: Rout
 
 
 def route(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     norm_weight: Tensor,
     eps: float,
@@ -278,7 +278,7 @@ def route(
     return normed, routes
 
 
-def align(gpu: Gpu, routes: Routes, experts: int, block_size: int, workspace: RouteWorkspace) -> ExpertBlocks:
+def align(gpu: GpuDevice, routes: Routes, experts: int, block_size: int, workspace: RouteWorkspace) -> ExpertBlocks:
     """Sort pairs by expert into blocks. `experts` counts the shared ones where routes have them.
 
     The order inside an expert is arbitrary: no result depends on it, because a row of a product does not know its

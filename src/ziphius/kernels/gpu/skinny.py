@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, prefetch_rows_l2, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, prefetch_rows_l2, wait_for_previous
 
 MAX_TOKENS = 128
 """A program takes this many tokens at most; more tokens are more programs."""
@@ -120,7 +120,7 @@ def _store(y, residual, total, n, t, rows, tokens, stride_y, stride_r, RESIDUAL:
 
 
 def skinny_linear(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     weight: Tensor,
     workspace: SplitWorkspace,

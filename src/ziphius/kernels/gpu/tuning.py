@@ -3,7 +3,7 @@
 `tuned/NAME.json` holds what was measured for a device and the shapes of some models:
 {"gemv": {"ROWSxCOLUMNS": [rows a program, warps]},
  "skinny": {"ROWSxCOLUMNS": {"TOKENS": [SkinnyConfig's fields] | null}},
- "mla": {"HEADSxLORA": {"TOKENS": [splits, then MLAConfig's fields]}},
+ "mla": {"HEADSxLORA": {"TOKENS": [splits, then MLADecodeConfig's fields]}},
  "experts": {"EXPERTSxHIDDENxWIDTH": {"TOKENS": {"pairs": [PairConfig's fields]} |
                                                 {"block_m": B, "first": [GroupedConfig's fields], "second": [...],
                                                  "prompt": true where many tokens an expert are computed}}}}
@@ -22,9 +22,16 @@ from typing import Any
 
 import triton
 
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.experts import GroupedConfig, PairConfig, pair_config
-from ziphius.kernels.gpu.paged_decode import FIXED_SPLIT, MLAConfig, SplitPlan, fewer_splits, mla_config, split_plan
+from ziphius.kernels.gpu.paged_decode import (
+    FIXED_SPLIT,
+    MLADecodeConfig,
+    SplitPlan,
+    fewer_splits,
+    mla_config,
+    split_plan,
+)
 from ziphius.kernels.gpu.skinny import SkinnyConfig
 
 _MAX_SKINNY_TOKENS = 64
@@ -47,11 +54,11 @@ ExpertsPlan = PairConfig | GroupedPlan
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    gpu: Gpu
+    gpu: GpuDevice
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, gpu: Gpu) -> Tuned:
+    def of(cls, gpu: GpuDevice) -> Tuned:
         """What was measured on this device; on another Hopper GPU, what was measured on an H200: the same processor."""
         hopper = re.match(r"NVIDIA G?H\d", gpu.name) is not None
         for name in (gpu.name, *(("NVIDIA H200",) if hopper else ())):
@@ -75,7 +82,9 @@ class Tuned:
         best = self.measured.get("gemv", {}).get(f"{rows}x{columns}")
         return None if best is None else (best[0], best[1])
 
-    def mla(self, tokens: int, heads: int, lora: int, longest: int, element_size: int) -> tuple[SplitPlan, MLAConfig]:
+    def mla(
+        self, tokens: int, heads: int, lora: int, longest: int, element_size: int
+    ) -> tuple[SplitPlan, MLADecodeConfig]:
         """`longest`: tokens of the longest sequence there may be."""
         guess = mla_config(heads, element_size)
         programs = tokens * triton.cdiv(heads, guess.block_h)
@@ -85,7 +94,7 @@ class Tuned:
         if by_tokens is None or element_size > 2:
             return split_plan(programs, longest, self.gpu.processors), guess
         splits, *fields = _up_to(by_tokens, tokens)
-        return SplitPlan(fewer_splits(splits, longest), 0), MLAConfig(*fields)
+        return SplitPlan(fewer_splits(splits, longest), 0), MLADecodeConfig(*fields)
 
     def experts(self, tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
         if self.gpu.batch_invariant:
@@ -100,7 +109,7 @@ class Tuned:
         return GroupedPlan(best["block_m"], first, second, best.get("prompt", False))
 
 
-def guess_skinny(gpu: Gpu, tokens: int, rows: int, columns: int) -> SkinnyConfig:
+def guess_skinny(gpu: GpuDevice, tokens: int, rows: int, columns: int) -> SkinnyConfig:
     """Enough programs for two a processor, each with at least 512 columns, all alike."""
     block_n = 64 if rows >= 64 else 16
     block_k = 128 if columns >= 128 else 32
@@ -110,7 +119,7 @@ def guess_skinny(gpu: Gpu, tokens: int, rows: int, columns: int) -> SkinnyConfig
     return SkinnyConfig(block_n, block_k, splits, stages=4 if tokens <= 32 else 3)
 
 
-def guess_experts(gpu: Gpu, tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
+def guess_experts(gpu: GpuDevice, tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
     """Blocks about as large as an expert's share of the tokens."""
     if tokens <= 4:
         return pair_config(hidden, width, 2)

@@ -44,7 +44,7 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class SglangServer:
     """One SGLang server."""
 
     name: str
@@ -68,21 +68,21 @@ class Job:
 
 
 class Runtime(Protocol):
-    """How a job becomes a process on this machine."""
+    """How a server becomes a process on this machine."""
 
     def require(self, env: Mapping[str, str]) -> None:
         """ConfigError, with what to do, where what it needs is not there."""
         ...
 
-    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
+    def launch(self, server: SglangServer, env: Mapping[str, str]) -> Launch:
         """The process, also where what it needs is not there (to be shown)."""
         ...
 
 
-def server_words(job: Job) -> tuple[str, ...]:
+def server_words(server: SglangServer) -> tuple[str, ...]:
     """What follows the interpreter."""
-    secrets = () if job.secrets is None else (SECRETS_FLAG, str(job.secrets.path))
-    return (*MODULE, *job.arguments, *secrets)
+    secrets = () if server.secrets is None else (SECRETS_FLAG, str(server.secrets.path))
+    return (*MODULE, *server.arguments, *secrets)
 
 
 def without_own(env: Mapping[str, str]) -> dict[str, str]:
@@ -90,32 +90,32 @@ def without_own(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if not name.startswith(_NOT_FOR_A_CHILD)}
 
 
-def container_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment inside an image: what of the caller's makes sense there, the caches, and the job's own."""
+def container_variables(server: SglangServer, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment inside an image: what of the caller's makes sense there, the caches, and the server's own."""
     inside = {
         name: value
         for name, value in env.items()
         if (name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES)) and name not in _OF_THE_HOST
     }
-    inside |= {name: str(job.compiled / folder) for name, folder in CACHE_FOLDERS.items()}
+    inside |= {name: str(server.compiled / folder) for name, folder in CACHE_FOLDERS.items()}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         inside.pop(name, None)
-    inside["HF_HUB_CACHE"] = str(job.hub_cache)
-    return {**inside, **job.variables}
+    inside["HF_HUB_CACHE"] = str(server.hub_cache)
+    return {**inside, **server.variables}
 
 
-def mounts(job: Job) -> tuple[Mount, ...]:
+def mounts(server: SglangServer) -> tuple[Mount, ...]:
     """In the order in which they are made: what lies inside another comes after it."""
-    found = {path: Mount(path) for path in job.reads}
-    if job.secrets is not None:
-        found[job.secrets.path] = Mount(job.secrets.path)
-    found[job.hub_cache] = Mount(job.hub_cache, writable=True)
-    found[job.compiled] = Mount(job.compiled, writable=True)
+    found = {path: Mount(path) for path in server.reads}
+    if server.secrets is not None:
+        found[server.secrets.path] = Mount(server.secrets.path)
+    found[server.hub_cache] = Mount(server.hub_cache, writable=True)
+    found[server.compiled] = Mount(server.compiled, writable=True)
     return tuple(found[path] for path in sorted(found))
 
 
-def made_folders(job: Job) -> tuple[Path, ...]:
-    return (job.hub_cache, job.home, *sorted({job.compiled / folder for folder in CACHE_FOLDERS.values()}))
+def made_folders(server: SglangServer) -> tuple[Path, ...]:
+    return (server.hub_cache, server.home, *sorted({server.compiled / folder for folder in CACHE_FOLDERS.values()}))
 
 
 def needed_folders(model: str) -> tuple[Path, ...]:
