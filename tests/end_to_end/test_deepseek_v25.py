@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 from tests.checkpoint.stand_in_hub import GOOD_TOKEN, Fault, StandInHub

@@ -6,7 +6,7 @@ import platform
 import re
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import msgspec
 
 _ACCEPT = ", ".join(
@@ -58,7 +58,7 @@ def find_remote(source: str, scheme: str = "https") -> RemoteImage | None:
     """The image that `docker://…` names. None where the registry does not tell: a private one, or none in reach."""
     registry, name, reference = parse_name(source)
     try:
-        with httpx.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
+        with httpx2.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
             answer = _get(client, f"{scheme}://{registry}/v2/{name}/manifests/{reference}", name)
             manifest = msgspec.json.decode(answer.content, type=_Manifest)
             digest = answer.headers.get("Docker-Content-Digest", reference if ":" in reference else "")
@@ -66,7 +66,7 @@ def find_remote(source: str, scheme: str = "https") -> RemoteImage | None:
                 digest = _for_this_platform(manifest).digest
                 answer = _get(client, f"{scheme}://{registry}/v2/{name}/manifests/{digest}", name)
                 manifest = msgspec.json.decode(answer.content, type=_Manifest)
-    except (httpx.HTTPError, msgspec.MsgspecError, LookupError):
+    except (httpx2.HTTPError, msgspec.MsgspecError, LookupError):
         return None
     size = sum(layer.size for layer in manifest.layers)
     return RemoteImage(digest, size) if re.fullmatch(r"sha256:[0-9a-f]{64}", digest) and size else None
@@ -92,7 +92,7 @@ def pinned(source: str, digest: str) -> str:
     return f"docker://{head}{slash}{tail.partition(':')[0]}@{digest}"
 
 
-def _get(client: httpx.Client, url: str, name: str) -> httpx.Response:
+def _get(client: httpx2.Client, url: str, name: str) -> httpx2.Response:
     answer = client.get(url, headers={"Accept": _ACCEPT})
     if answer.status_code == 401:
         challenge = dict(re.findall(r'(\w+)="([^"]*)"', answer.headers.get("WWW-Authenticate", "")))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import msgspec
 
 from ziphius.errors import InstanceError
@@ -64,8 +64,8 @@ class ChatClient:
     def __init__(self, url: str, api_key: str | None, sampling: Sampling) -> None:
         url = url.rstrip("/").removesuffix("/v1")  # other clients' base URL has it
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # an answer may wait in the queue for long
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        timeout = httpx2.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # an answer may wait in the queue for long
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
         self._url = url
         self._sampling = sampling
 
@@ -76,7 +76,7 @@ class ChatClient:
             if response.status_code != 200:
                 raise InstanceError(_refusal(response.status_code, response.content))
             return msgspec.json.decode(response.content, type=_Models).data[0].id
-        except httpx.HTTPError as e:
+        except httpx2.HTTPError as e:
             raise InstanceError(f"no answer from {self._url}: {e or type(e).__name__}") from e
         except (msgspec.DecodeError, msgspec.ValidationError, IndexError) as e:
             raise InstanceError(f"{self._url} does not answer like an OpenAI-compatible server") from e
@@ -94,9 +94,9 @@ class ChatClient:
                 if response.status_code != 200:
                     raise InstanceError(_refusal(response.status_code, response.read()))
                 yield from _pieces(response.iter_lines())
-        except httpx.RemoteProtocolError as e:
+        except httpx2.RemoteProtocolError as e:
             raise InstanceError(_BROKE_OFF) from e
-        except httpx.HTTPError as e:
+        except httpx2.HTTPError as e:
             raise InstanceError(f"the connection to {self._url} broke: {e or type(e).__name__}") from e
 
     def close(self) -> None:

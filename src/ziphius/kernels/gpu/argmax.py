@@ -38,9 +38,3 @@ def argmax_into(gpu: GpuDevice, logits: Tensor, tokens: Tensor, rows: Tensor, la
     _argmax_kernel[(count,)](
         logits, tokens, rows, last_token, vocab, logits.stride(0), BLOCK=block, num_warps=16, **gpu.overlap
     )
-
-
-def argmax_into_torch(logits: Tensor, tokens: Tensor, rows: Tensor, last_token: Tensor) -> None:
-    """The plain body."""
-    tokens.copy_(logits.argmax(dim=-1))
-    last_token[rows.long()] = tokens
