@@ -111,13 +111,13 @@ def serve(
         from ziphius.installation import ziphius_home
         from ziphius.manager.instance import Instances
 
-        # Ended on purpose, by whoever signalled it: without this it would count as failed.
+        # Somebody ended it on purpose, with a signal. Without this it would count as failed.
         Instances(ziphius_home(os.environ)).mark_stopped(settings.config.name, os.getpid())
     raise typer.Exit(code)
 
 
 def _run_engine(resolved: Resolved, force: bool) -> int:
-    """An engine that is a program of its own, run to its end."""
+    """Run an engine that is a separate program until it ends. Returns its exit status."""
     from ziphius.cli.output import note
     from ziphius.launchers.engines import engine_launcher
     from ziphius.manager.foreground import run
@@ -129,14 +129,14 @@ def _run_engine(resolved: Resolved, force: bool) -> int:
 
 
 def _serve(resolved: Resolved, force: bool, planned: bool) -> int:
-    """`planned`: by the `start` that it is a part of."""
+    """Run the native engine. `planned`: the `start` that spawned this process has made the plan already."""
     import logging
 
     from ziphius import log
     from ziphius.frontend.serve import serve as run
     from ziphius.manager.foreground import drain_on_signal
 
-    if resolved.config.node_rank == 0:  # the others end when it has
+    if resolved.config.node_rank == 0:  # the other machines end when machine 0 has ended
         drain_on_signal()
     log.configure(resolved.config.log_level)
     logger = logging.getLogger("ziphius")
@@ -206,7 +206,7 @@ def _manager(force: bool = False) -> Manager:
 
 @contextlib.contextmanager
 def _starting(manager: Manager, name: str) -> Iterator[Callable[[LoadProgress], None]]:
-    """Progress while a start waits; before the reason that it failed, the log's last lines."""
+    """Show progress while a start waits. When it fails, show the log's last lines before the reason."""
     from ziphius.cli.output import note, phases
 
     try:
@@ -214,7 +214,7 @@ def _starting(manager: Manager, name: str) -> Iterator[Callable[[LoadProgress], 
             yield progress
     except StartFailed as e:
         lines = manager.log_tail(name, _SHOWN_LOG_LINES)
-        if any(e.message not in line for line in lines):  # else they would say the same twice
+        if any(e.message not in line for line in lines):  # otherwise the log's lines would only repeat the reason
             note(f"Last lines of {manager.log_path(name)}:")
             for line in lines:
                 note(f"  {line}")
@@ -225,7 +225,7 @@ def _starting(manager: Manager, name: str) -> Iterator[Callable[[LoadProgress], 
 
 
 def _waiting() -> Callable[[float], None]:
-    """Tells once that a stop takes longer than a moment."""
+    """A callback that says once that a stop takes longer than a second."""
     from ziphius.cli.output import note
 
     told = False
@@ -246,5 +246,5 @@ def _show_started(manager: Manager, started: Started, json: bool) -> None:
         cli_print.print_json(started.status)
         return
     record = manager.record(started.status.name)
-    assert record is not None  # it was written before anything ran
+    assert record is not None  # the record was written before anything ran
     cli_print.print_started(started, record.resolved.config)

@@ -96,7 +96,7 @@ Force = Annotated[bool, typer.Option("--force", help="Start though the plan says
 
 
 def with_engine_arguments(flags: dict[str, Any], words: list[str] | None) -> dict[str, Any]:
-    """`flags` with what stood after `--` behind what --engine-args says."""
+    """`flags` with the words after `--` appended to the value of --engine-args."""
     if not words:
         return flags
     if "--" not in sys.argv:
@@ -106,7 +106,7 @@ def with_engine_arguments(flags: dict[str, Any], words: list[str] | None) -> dic
 
 
 def resolved_from(flags: dict[str, Any], config_file: Path | None) -> Resolved:
-    """Flags over environment over `config_file` (else the usual file, where there is one) over defaults."""
+    """Flags come before the environment, then `config_file` (or the usual file if it exists), then defaults."""
     file = config_file if config_file is not None else default_config_file(os.environ)
     return resolve(flags, os.environ, file)
 

@@ -1,4 +1,4 @@
-"""How results and progress look in a terminal; it decides nothing and asks nobody."""
+"""How results and progress look in a terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MASK = "********"
 
 
 def note(text: str) -> None:
-    """For the person at the terminal; stdout stays for results."""
+    """Print to stderr, for the person at the terminal. stdout is for results only."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -81,7 +81,7 @@ def print_statuses(statuses: Iterable[InstanceStatus]) -> None:
 
 
 def print_started(started: Started, config: ServeConfig) -> None:
-    """`config`: what was started."""
+    """`config`: the settings that were started."""
     status = started.status
     if config.node_rank > 0:
         print(f"{status.name} runs, as machine {config.node_rank} of {config.nnodes}: the API is machine 0's")
@@ -184,7 +184,7 @@ class PhaseBars:
             self._phase = progress.phase
             self._task = self._bars.add_task("", total=None)
         assert self._task is not None
-        # A total that is reached would stop the phase's clock, though it may go on.
+        # A bar that reaches its total stops its clock, but the phase may go on.
         total = progress.total + 1 if progress.total else None
         self._bars.update(self._task, description=describe(progress), completed=progress.done, total=total)
 

@@ -55,7 +55,7 @@ def plan(
         if svg is not None:
             _write_svg(made, svg)
     except (ConfigError, ModelError) as e:
-        # Whatever was wrong with the question: 1 is the answer "it does not fit".
+        # Every error in the question has status 2, because 1 is the answer "it does not fit".
         print(f"ziphius: {e.message}", file=sys.stderr)
         raise typer.Exit(_BAD_INPUT) from None
     if json:
