@@ -1,4 +1,4 @@
-"""A chat in the terminal over a server's OpenAI-compatible API; it knows nothing of instances or processes."""
+"""A chat in the terminal over a server's OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ziphius.errors import InstanceError
 _HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 _BROKE_OFF = "the answer broke off: the server is gone"
 _CONNECT_TIMEOUT_S = 5.0
-# What a model writes must not move the cursor or retitle the window: control characters but newline and tab go.
+# A model's text must not move the cursor or rename the window: all control characters but newline and tab are removed.
 _UNSAFE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
@@ -52,7 +52,7 @@ class Message(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """What of a request the chat's user chose; None leaves it to the server."""
+    """The sampling parameters that the user chose. None leaves one to the server."""
 
     temperature: float | None = None
     max_tokens: int | None = None
@@ -62,7 +62,7 @@ class ChatClient:
     """One server. Its errors are InstanceErrors whose message can be shown."""
 
     def __init__(self, url: str, api_key: str | None, sampling: Sampling) -> None:
-        url = url.rstrip("/").removesuffix("/v1")  # other clients' base URL has it
+        url = url.rstrip("/").removesuffix("/v1")  # the base URL that other clients use ends in /v1
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         timeout = httpx2.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # an answer may wait in the queue for long
         self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
@@ -127,13 +127,13 @@ def _refusal(code: int, body: bytes) -> str:
         error = msgspec.json.decode(body, type=_Chunk).error
     except (msgspec.DecodeError, msgspec.ValidationError):
         error = None
-    # Whatever else answers there may answer with a page
+    # Another kind of server may answer with a web page.
     said = error.message if error is not None else " ".join(body[:500].decode(errors="replace").split())[:200]
     return f"the server refused ({code}): {said}"
 
 
 def talk(client: ChatClient, system: str | None) -> int:
-    """Questions from stdin, one a line, until it ends; answers to stdout. Returns the exit status.
+    """Answer questions from stdin, one a line, on stdout until stdin ends. Returns the exit status.
 
     In a terminal an error ends only the question; in a pipe it ends the chat, with 1.
     """
@@ -177,7 +177,7 @@ def _questions(interactive: bool) -> Iterator[str]:
 
 
 def _print_answer(client: ChatClient, model: str, messages: list[Message]) -> str:
-    """Show the answer as it comes, and return it; Ctrl-C returns what had come."""
+    """Show the answer while it arrives, and return it. Ctrl-C stops it and returns what has arrived."""
     said: list[str] = []
     pieces = client.answer(model, messages)
     try:

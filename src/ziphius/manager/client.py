@@ -34,7 +34,7 @@ class ServerStatus(msgspec.Struct, frozen=True):
     engine_pids: list[int] = []
     version: str | None = None
     error: str | None = None
-    """Why it is going to end."""
+    """Why the server is going to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def base_url(host: str, port: int) -> str:
 
 
 def reachable(host: str) -> str:
-    """A wildcard address is one to listen on, not one to connect to."""
+    """The address to connect to for one to listen on: nobody can connect to a wildcard address."""
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
 
 

@@ -1,4 +1,4 @@
-"""Is this machine fit to serve: facts in, findings with remedies out; it reads facts but changes nothing."""
+"""Whether this machine is ready to serve: the facts about it, and findings with remedies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What `judge` needs to know of a machine."""
+    """The facts about a machine that `judge` needs."""
 
     host: Host
     torch: TorchBuild | None
@@ -89,7 +89,7 @@ def _disk(label: str, path: Path) -> Disk:
 
 
 def _free(path: Path) -> tuple[int | None, Path | None]:
-    """(bytes free, the nearest folder that exists): a folder may yet have to be made."""
+    """(bytes free, the nearest folder that exists): the folder itself may not exist yet."""
     for folder in (path, *path.parents):
         try:
             return shutil.disk_usage(folder).free, folder
@@ -118,7 +118,7 @@ def _port_error(host: str, port: int) -> str | None:
 
 
 def judge(facts: Facts) -> tuple[Finding, ...]:
-    """Every finding, worst or not, in the order of a start."""
+    """Every finding, good or bad, in the order in which a start would meet them."""
     return (
         *_software(facts),
         *_gpus(facts),

@@ -35,7 +35,7 @@ class Observer:
         return self._instances.read(name)
 
     def status(self, name: str) -> InstanceStatus:
-        """What the evidence says: the record, the process it names, and the server's own answer."""
+        """The status that the record, the process that it names and the server's own answer give."""
         return observe(self._instances, name, self._watch_of)
 
     def statuses(self) -> list[InstanceStatus]:

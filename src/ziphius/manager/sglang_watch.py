@@ -1,4 +1,4 @@
-"""Watches an SGLang server: its log for the phases, /health for readiness, /metrics for numbers; it changes nothing."""
+"""Watches an SGLang server: its log for the phases, /health for readiness, /metrics for numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ziphius.launchers.sglang_settings import model_name
 from ziphius.manager.client import ServerAnswer, ServerStatus, base_url, get, reachable
 
 _HEALTH_S = 4.0
-"""SGLang's /health generates a token, and looks once a second whether it came: it never answers in less."""
+"""SGLang's /health generates a token, and looks for it once a second, so it never answers faster."""
 _READ = 1 << 20
 _METRIC = re.compile(r"^sglang[:_](\w+)(?:\{[^}]*\})? ([\d.eE+-]+)$", re.MULTILINE)
 
@@ -36,7 +36,7 @@ class SglangWatch:
         except ConnectionRefusedError:
             return _not_ready(state, f"nothing listens on {url}", listening=False)
         except TimeoutError:
-            # While it starts it answers 503 at once, so this is no start.
+            # A server that is starting answers 503 at once, so this one is not starting.
             return ServerAnswer(problem=f"{url}/health did not answer in time: it computes a long prompt, or hangs")
         except (OSError, http.client.HTTPException) as e:
             return _not_ready(state, f"{url}/health: {e or type(e).__name__}")
@@ -75,7 +75,7 @@ class _Numbers:
 
 
 def _metrics(connection: http.client.HTTPConnection) -> _Numbers:
-    """What /metrics tells; nothing where it does not answer: the server's health was asked by another question."""
+    """The numbers of /metrics. None of them is known when it does not answer; the server may still be healthy."""
     try:
         code, body = get(connection, "/metrics/")
     except (OSError, http.client.HTTPException):
@@ -109,7 +109,7 @@ def _not_ready(state: LogState, problem: str, listening: bool = True) -> ServerA
 
 
 def _ends_of(path: Path) -> str:
-    """The log's beginning, where the start is told, and its end, where the troubles are."""
+    """The log's beginning, which tells of the start, and its end, which tells of errors."""
     try:
         with path.open("rb") as file:
             data = file.read(_READ)

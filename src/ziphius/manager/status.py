@@ -1,4 +1,4 @@
-"""What an instance is doing, derived from evidence each time it is asked; it changes nothing and stores nothing."""
+"""What an instance is doing, derived from evidence each time. It is never stored."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _ASK_S = 3.0
 _BIND_S = 15.0
-"""So long a young process may take before it listens; an older one that does not is unhealthy."""
+"""A new process may take this long before it listens. An older one that does not listen is unhealthy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStatus:
-    """One instance, as `status --json` prints it. None: not known, or it makes no sense in this state."""
+    """One instance, as `status --json` prints it. None: not known, or without a meaning in this state."""
 
     name: str
     state: State
@@ -48,7 +48,7 @@ class InstanceStatus:
     job: str | None = None
     """Slurm's number of the job that it is."""
     memory_bytes: int | None = None
-    """Resident, of the whole process tree."""
+    """Resident memory of the whole process tree."""
     progress: LoadProgress | None = None
     log: str | None = None
 
@@ -87,7 +87,7 @@ def observe(instances: Instances, name: str, watch_of: WatchOf) -> InstanceStatu
         live = _live(replace(known, pid=record.pid, url=base_url(config.host, config.port)), record, target, watch)
         if live.state is not State.UNHEALTHY or process.alive(target):
             return live
-        # It did not answer because it died just then.
+        # It did not answer because it has just died.
     gone = f"process {record.pid} is gone without a word: it was killed, or ended by a reboot"
     return replace(known, state=State.FAILED, reason=watch.last_words() or gone)
 
@@ -108,7 +108,7 @@ def _of_job(known: InstanceStatus, record: Record, log: Path, watch_of: WatchOf)
         ended = f"job {record.job} is {job.state}, exit code {job.exit_code}"
         if job.state in slurm_jobs.ENDED_WELL:
             return replace(known, state=State.STOPPED, reason=ended)
-        # Slurm's own reasons (time, memory, a node) outrank what the server wrote when it was ended for them.
+        # Slurm's reasons (time, memory, a node) count more than what the server wrote when Slurm ended it for them.
         said = watch.last_words() if job.state == "FAILED" else None
         return replace(known, state=State.FAILED, reason=said or ended)
     if job.state in slurm_jobs.WAITING or job.head is None:
@@ -116,7 +116,7 @@ def _of_job(known: InstanceStatus, record: Record, log: Path, watch_of: WatchOf)
         return replace(known, state=State.STARTING, progress=progress)
     if job.state == "COMPLETING":
         return replace(known, state=State.STOPPING)
-    # What listens on all addresses of the first node is reached by that node's name.
+    # The server listens on all addresses of the first node, so that node's name reaches it.
     config = replace(record.resolved.config, host=job.head)
     known = replace(known, url=base_url(job.head, config.port))
     answer = watch_of(replace(record.resolved, config=config), log).ask(_ASK_S)

@@ -1,4 +1,4 @@
-"""How a started engine is watched: what it says of itself, and why it ended; it starts and signals nothing."""
+"""How a started engine is watched: what it says about itself, and why it ended."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ziphius.manager.client import ServerAnswer, ask
 
 
 class Watch(Protocol):
-    """One start of one instance. Nothing here raises for what an engine does or fails to do."""
+    """One start of one instance. No method raises because of something that an engine does or fails to do."""
 
     def ask(self, timeout_s: float) -> ServerAnswer:
-        """How it is now. It may take longer than `timeout_s` where the engine's health check does by design."""
+        """How it is now. It may take longer than `timeout_s` for an engine whose health check is slow by design."""
         ...
 
     def last_words(self) -> str | None:
-        """Why it ended, as far as its log says, with what to do where that is known."""
+        """Why it ended, as far as its log says, with what to do if that is known."""
         ...
 
 
 WatchOf = Callable[[Resolved, Path], Watch]
-"""From what was started and its log file."""
+"""Makes a watch from the settings that were started and the log file."""
 
 
 class NativeWatch:
-    """Ziphius' own server: GET /status says everything."""
+    """Ziphius' own server: GET /status tells all that a watch needs."""
 
     def __init__(self, resolved: Resolved, log: Path) -> None:
         self._config = resolved.config
@@ -44,7 +44,7 @@ class NativeWatch:
 def watch_of(resolved: Resolved, log: Path) -> Watch:
     """The watch of the engine that `resolved` names."""
     if resolved.config.engine == "sglang":
-        from ziphius.manager.sglang_watch import SglangWatch  # here: it is slow to import, and most do without it
+        from ziphius.manager.sglang_watch import SglangWatch  # here: it is slow to import, and rarely needed
 
         return SglangWatch(resolved, log)
     return NativeWatch(resolved, log)
