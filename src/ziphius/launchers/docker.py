@@ -1,4 +1,4 @@
-"""SGLang in a Docker image: the `docker run` that runs it; it starts nothing and pulls nothing."""
+"""SGLang in a Docker image: the `docker run` that runs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Docker:
         program = shutil.which(_PROGRAM, path=env.get("PATH")) or _PROGRAM
         container = f"ziphius-{server.name}"
         words = [program, "run", "--rm", "--name", container, "--network", "host", "--ipc", "host"]
-        # SGLang in the first process would have to look after orphans; this one does.
+        # As the first process, SGLang would have to reap orphans. Docker's init does that.
         words += ["--init", "--ulimit", "memlock=-1"]
         if server.gpus:
             words += ["--gpus", "all"]
@@ -46,6 +46,6 @@ class Docker:
             None,
             files=() if server.secrets is None else (server.secrets,),
             folders=made_folders(server),
-            # The container is the daemon's child: it outlives a `docker run` that was killed.
+            # The container is a child of the daemon, so it goes on when `docker run` is killed.
             cleanup=(program, "rm", "--force", container),
         )

@@ -1,4 +1,4 @@
-"""SGLang in a Python of this machine: the caller's environment reaches it, PYTHONPATH included; it starts nothing."""
+"""SGLang in a Python of this machine. It gets the caller's environment, PYTHONPATH included."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ziphius.launchers.runtime import SglangServer, server_words, without_own
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """`python`: an interpreter that has SGLang; None: Ziphius' own, if it has."""
+    """`python`: an interpreter that has SGLang. None: the one that runs Ziphius, if it has SGLang."""
 
     python: str | None
 
@@ -42,5 +42,5 @@ class Local:
         if self.python is None:
             return sys.executable
         found = shutil.which(str(Path(self.python).expanduser()))
-        # Not resolved: a virtual environment's interpreter is a link, and knows its packages by the link's place.
+        # The link is not resolved: a virtual environment's interpreter finds its packages by the link's place.
         return None if found is None else str(Path(found).absolute())

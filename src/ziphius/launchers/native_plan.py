@@ -1,4 +1,4 @@
-"""The plan before a start of the native engine: refuse what cannot work, predict what can; it starts nothing."""
+"""The plan before a start of the native engine: it refuses what cannot work and predicts the cache of what can."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ziphius.ranks.layout import rank_layout
 
 @dataclass(frozen=True, slots=True)
 class NativeStartPlan:
-    """What the plan says of a start."""
+    """What the plan says about a start."""
 
     predicted_kv_tokens: int | None = None
-    """Of one rank's cache; None without a plan."""
+    """Tokens of one rank's cache; None without a plan."""
     gpus: tuple[int, ...] = ()
-    """The GPUs to use, by the driver's numbers, where they are not the first ones of this machine."""
+    """The GPUs to use, by the driver's numbers; () when they are the first ones of this machine."""
     notes: tuple[str, ...] = ()
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes an engine use `gpus`."""
+        """The variables that make an engine use `gpus`."""
         if not self.gpus:
             return {}
-        # The driver numbers GPUs by their place on the bus; CUDA does so only when told.
+        # The driver numbers GPUs by their place on the bus. CUDA does so only when this variable says so.
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
@@ -43,14 +43,14 @@ def plan_native(
 ) -> NativeStartPlan:
     """Plan a start on this machine.
 
-    DoesNotFit, with the numbers and the nearest changes; ConfigError for options that the model or the machine
-    contradicts; ModelError for a config that cannot be read. With `force` these are notes instead.
+    Raises DoesNotFit, with the numbers and the nearest changes; ConfigError for options that contradict the model or
+    the machine; ModelError for a config that cannot be read. With `force` these are notes instead.
 
-    A model that is not here yet (the server fetches it) is started without a plan: the engine checks again.
+    A model that must still be fetched is started without a plan: the engine checks again when it has the model.
     `torch_cuda`: see check_start.
     """
     config = resolved.config
-    rank_layout(config)  # what contradicts itself needs no machine to be refused, nor does force help it
+    rank_layout(config)  # A contradiction is refused before the machine is probed, and --force does not change that.
     host = probe()
     try:
         source = find_model(config.model, env, config.revision)
@@ -74,7 +74,7 @@ def _start_plan(plan: Plan, host: Host, machines: int, visible: str) -> NativeSt
         return NativeStartPlan()
     notes = (f"planned: {chosen.reason}",)
     first = tuple(gpu.index for gpu in host.gpus[: chosen.tp])
-    # Who named GPUs by UUID, as some clusters do, may use those alone; which they are is not known here.
+    # Some clusters name the visible GPUs by UUID. Only those may be used, and their numbers are not known here.
     by_uuid = not all(part.strip().isdigit() for part in visible.split(",") if part.strip())
     sliced = any(gpu.mig for gpu in host.gpus)
     if chosen.device == "cpu" or machines > 1 or chosen.gpus == first or sliced or by_uuid:

@@ -1,4 +1,4 @@
-"""Asks a container registry for an image's digest and size (OCI distribution 1.1); it fetches no layer."""
+"""Asks a container registry for an image's digest and size (OCI distribution 1.1)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _ACCEPT = ", ".join(
     )
 )
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-"""A kernel's name of a machine -> a registry's."""
+"""The kernel's name of an architecture -> the registry's name."""
 _TIMEOUT_S = 15.0
 _DOCKER_HUB = "registry-1.docker.io"
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteImage:
-    """An image as a registry tells of it."""
+    """What a registry says about an image."""
 
     digest: str
-    """Of the manifest for this machine's architecture, so that the same bytes can be asked for again."""
+    """The manifest's digest for this machine's architecture: it names exactly these bytes."""
     size_bytes: int
-    """Of its layers, compressed."""
+    """The size of the compressed layers."""
 
 
 class _Platform(msgspec.Struct):
@@ -55,7 +55,7 @@ class _Token(msgspec.Struct):
 
 
 def find_remote(source: str, scheme: str = "https") -> RemoteImage | None:
-    """The image that `docker://…` names. None where the registry does not tell: a private one, or none in reach."""
+    """The image that `docker://…` names. None when the registry does not answer, or is private."""
     registry, name, reference = parse_name(source)
     try:
         with httpx2.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
@@ -86,7 +86,7 @@ def parse_name(source: str) -> tuple[str, str, str]:
 
 
 def pinned(source: str, digest: str) -> str:
-    """`docker://…` by digest in place of the tag: the tag may move between the question and the build."""
+    """`docker://…` with the digest in place of the tag, because the tag may move before the build."""
     name = source.removeprefix("docker://").partition("@")[0]
     head, slash, tail = name.rpartition("/")
     return f"docker://{head}{slash}{tail.partition(':')[0]}@{digest}"

@@ -27,9 +27,9 @@ Planner = Callable[[Resolved, Mapping[str, str]], SglangStartPlan]
 
 
 class Sglang:
-    """A launcher. `planner` says what memory fraction to ask for, or refuses.
+    """A launcher. `planner` gives the memory fraction, or refuses the start.
 
-    `only_show`: the command is to be shown, perhaps for another machine, so that nothing needs to be there.
+    `only_show`: the command is only shown, perhaps for another machine, so nothing needs to exist here.
     """
 
     def __init__(self, planner: Planner, *, only_show: bool = False) -> None:
@@ -45,14 +45,14 @@ class Sglang:
         runtime = choose_runtime(resolved, env)
         if not self._only_show:
             runtime.require(env)
-        arguments(resolved, Planned(), resolved.config.model)  # what contradicts is told before a plan
+        arguments(resolved, Planned(), resolved.config.model)  # report a contradiction before any plan
         start_plan = self._planner(resolved, env)
         launch = runtime.launch(_server(resolved, env, start_plan), env)
         return replace(launch, predicted_kv_tokens=start_plan.predicted_kv_tokens, notes=start_plan.notes)
 
 
 def choose_runtime(resolved: Resolved, env: Mapping[str, str]) -> Runtime:
-    """The runtime asked for; for `auto` an image where one, or Apptainer, is there, else a local Python."""
+    """The runtime that was asked for. `auto`: an image if there is one, or Apptainer is here; else local."""
     config = resolved.config
     kind = config.runtime
     if kind == "auto":
@@ -85,7 +85,7 @@ def _server(resolved: Resolved, env: Mapping[str, str], start_plan: SglangStartP
         reads = (*reads, Path(config.chat_template).absolute())
     variables = dict(threads_environment(resolved))
     token = hub_home(env).absolute() / "token"
-    if token.exists() and not env.get("HF_TOKEN"):  # who has logged in to the hub has it in a file
+    if token.exists() and not env.get("HF_TOKEN"):  # a user who has logged in to the hub has the token in a file
         reads, variables["HF_TOKEN_PATH"] = (*reads, token), str(token)
     return SglangServer(
         name=config.name,

@@ -1,4 +1,4 @@
-"""The plan before a start of SGLang: does it fit, and with which memory fraction; it starts nothing."""
+"""The plan before a start of SGLang: whether it fits, and with which memory fraction."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ziphius.planner.probe import probe_host
 
 @dataclass(frozen=True, slots=True)
 class SglangStartPlan:
-    """What the plan says of a start."""
+    """What the plan says about a start."""
 
     planned: Planned
     gpus: bool
     """Whether it will compute on GPUs."""
     predicted_kv_tokens: int | None = None
-    """Of one rank's pool; None where SGLang's rule is not known (a CPU) or the model is not."""
+    """Tokens of one rank's pool. None on a CPU, where SGLang's rule is not known, and for an unknown model."""
     notes: tuple[str, ...] = ()
 
 
@@ -33,7 +33,7 @@ def plan_start(
 ) -> SglangStartPlan:
     """Plan a start on this machine. DoesNotFit, with the numbers and the nearest changes, unless `force`.
 
-    A model that the planner does not know is no reason to refuse: SGLang knows many more.
+    A model that the planner does not know is not refused, because SGLang knows many more.
     """
     config = resolved.config
     host = probe()
@@ -57,7 +57,7 @@ def plan_start(
 
 
 def _all_machines(host: Host, resolved: Resolved) -> Host:
-    """Every machine has as many GPUs as this one: together they have what tensor parallelism asks for."""
+    """A host with the GPUs of all machines together. Every machine is taken to have as many GPUs as this one."""
     config = resolved.config
     whole = [gpu for gpu in host.gpus if not gpu.mig]
     if config.nnodes > 1 and whole and config.tp <= len(whole) * config.nnodes:
