@@ -24,7 +24,7 @@ class RankWatch:
         self._names = names
         self._timeout_s = timeout_s
         self._silent_s = dict.fromkeys(names, 0.0)
-        """The collectives of every known rank, also on other machines."""
+        """Seconds without a beat of every known rank, also of those on other machines."""
         self._still_s = 0.0
         self._beats: dict[int, Beat] = {}
         self._untold: dict[int, Beat] = {}
