@@ -1,4 +1,4 @@
-"""CpuBackend: attention by the CPU kernels where they fit, by TorchBackend elsewhere; it holds no attention maths."""
+"""CpuBackend: attention by the CPU kernels for what they support, and by TorchBackend for the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CpuBackend(TwoStepLatentBackend):
-    """The kernels keep keys in an order of their own (kernels/cpu/attention.py): a cache belongs to one backend."""
+    """The kernels store keys in their own order (kernels/cpu/attention.py), so a cache belongs to one backend."""
 
     def __init__(self) -> None:
         self._torch = TorchBackend()
@@ -25,7 +25,7 @@ class CpuBackend(TwoStepLatentBackend):
         self._begun: ForwardBatch | None = None
 
     def prepare(self, batch: ForwardBatch) -> None:
-        # Neither body prepares what only the other needs.
+        # Prepare only the implementation that this step needs.
         self._prepared = self._begun = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, batch: ForwardBatch, scale: float) -> Tensor:
