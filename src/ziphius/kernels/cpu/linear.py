@@ -1,4 +1,4 @@
-"""The int8 linear layer: QUANTIZE_ROWS, then MULTIPLY, in which every tile of 32 output columns is somebody's task."""
+"""The int8 linear layer: QUANTIZE_ROWS, then MULTIPLY, which takes each tile of 32 output columns as a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ziphius.kernels.cpu.sync import next_task, rows_of_task
 from ziphius.kernels.int8_reference import GROUP, int8_linear
 
 ROW_BLOCK = 512
-"""Rows that stay in the second-level cache while the tiles pass by."""
+"""How many rows stay in the second-level cache while the tiles are read."""
 
 
 class Int8Linear:

@@ -15,7 +15,7 @@ from ziphius.kernels.cpu.sync import next_task, rows_of_task
 from ziphius.kernels.int8_reference import GROUP
 
 GATE_ROWS = 48
-"""Rows whose gate and up are multiplied before the next: both tiles and the results stay in the first-level cache."""
+"""How many rows of gate and up are computed together: both tiles and the results fit into the first-level cache."""
 _ONE = 0x3F800000
 """The bits of float32 1."""
 
@@ -66,7 +66,7 @@ def _gate_up(thread: int, threads: int, sync: int, arguments: int) -> None:
     line = 4 * TILE_COLUMNS
     gate = gates + thread * 2 * GATE_ROWS * line
     up = gate + GATE_ROWS * line
-    overwrite = int(np.int64(0))  # for the literal 0 numba would compile multiply_tile once more
+    overwrite = int(np.int64(0))  # with the literal 0 numba would compile multiply_tile a second time
     while True:
         tile = next_task(sync, thread, threads, tiles)
         if tile < 0:

@@ -1,4 +1,4 @@
-"""ThreadPool: threads that run jobs together, again and again; and Program, a list of jobs. They split no work."""
+"""ThreadPool: threads that run jobs together; and Program, a list of jobs. The jobs themselves split the work."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Program:
 class ThreadPool:
     """`threads` threads, the caller being the first.
 
-    Not OpenMP's: its threads spin for milliseconds when idle, which the HTTP process on the same cores pays for, and
-    a parallel region costs more than a small product. Between jobs these sleep, and they never need the interpreter's
+    This is not OpenMP, whose idle threads spin for milliseconds on the cores that the HTTP process needs, and whose
+    parallel regions cost more than a small product. These threads sleep between jobs and never need the interpreter's
     lock. Only one thread at a time may call `run`. The threads end with the pool.
     """
 
@@ -87,12 +87,12 @@ class ThreadPool:
 
 
 def _end(memory: Tensor, threads: int, workers: list[threading.Thread]) -> None:
-    # It holds the memory: the threads look there until they have ended.
+    # This keeps the memory alive: the threads read it until they have ended.
     lead(memory.data_ptr(), threads, 0, 0)
     for worker in workers:
         worker.join()
 
 
 def default_threads() -> int:
-    """As many as torch uses: OMP_NUM_THREADS, or the cores."""
+    """As many threads as torch uses: OMP_NUM_THREADS, or the number of cores."""
     return torch.get_num_threads()
