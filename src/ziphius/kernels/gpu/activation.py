@@ -36,6 +36,6 @@ def silu_and_mul(gpu: GpuDevice, gate_up: Tensor) -> Tensor:
 
 
 def silu_and_mul_torch(gate_up: Tensor) -> Tensor:
-    """The plain body."""
+    """The same in plain torch."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)

@@ -1,4 +1,4 @@
-"""The likeliest token of each row of logits, written where the next step reads it."""
+"""The most likely token of each row of logits, stored where the next step reads it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _argmax_kernel(logits, tokens, rows, last_token, vocab, stride, BLOCK: tl.co
         better = value > best
         best = tl.where(better, value, best)
         best_at = tl.where(better, start + at, best_at)
-    # Of equals, the lowest id.
+    # Among equals, take the lowest id.
     highest = tl.max(best, axis=0)
     token = tl.min(tl.where(best == highest, best_at, vocab), axis=0)
-    token = tl.minimum(token, vocab - 1)  # NaNs compare with nothing.
+    token = tl.minimum(token, vocab - 1)  # A NaN never compares as equal.
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(last_token + tl.load(rows + row), token.to(tl.int64))
 

@@ -1,4 +1,4 @@
-"""After split decode attention: the splits' sums become one, and latent sums become head values (w_uv)."""
+"""The end of split decode attention: it adds the splits' sums, and turns latent sums into head values (w_uv)."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def combine(gpu: GpuDevice, parts: Parts, dtype: torch.dtype) -> Tensor:
 
 
 def combine_torch(parts: Parts) -> Tensor:
-    """The plain body of `combine`, float32."""
+    """`combine` in plain torch, float32."""
     shares = (parts.logs - parts.logs.amax(-1, keepdim=True)).exp2()
     shares = (shares / shares.sum(-1, keepdim=True)).unsqueeze(-1)
     return torch.where(shares > 0, parts.sums.float() * shares, 0.0).sum(2)
 
 
 def combine_values_torch(parts: Parts, w_uv: Tensor) -> Tensor:
-    """The plain body of `combine_values`."""
+    """`combine_values` in plain torch."""
     return torch.einsum("thc,hcv->thv", combine_torch(parts).to(w_uv.dtype), w_uv)

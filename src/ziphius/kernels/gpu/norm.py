@@ -1,4 +1,4 @@
-"""RMSNorm kernels, alone and behind the residual addition; one program a row."""
+"""RMSNorm kernels, alone and after the residual addition, with one program for each row."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _rms_norm_kernel(x, residual, weight, y, size, stride_x, stride_y, eps, BLOC
     value = tl.load(x + row * stride_x + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row * size + at, mask=inside, other=0.0).to(tl.float32)
-        # What is normalised is what is kept: rounded first.
+        # Normalise the rounded value, which is the one that is kept.
         value = value.to(residual.dtype.element_ty).to(tl.float32)
         tl.store(residual + row * size + at, value.to(residual.dtype.element_ty), mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / size + eps)
-    # Published models round before the weight is multiplied.
+    # Published models round before they multiply with the weight.
     normed = (value * scale).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * stride_y + at, (normed * w).to(y.dtype.element_ty), mask=inside)
 
@@ -47,7 +47,7 @@ def add_rms_norm(gpu: GpuDevice, x: Tensor, residual: Tensor, weight: Tensor, ep
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The plain body."""
+    """The same in plain torch."""
     value = x.float()
     return (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 

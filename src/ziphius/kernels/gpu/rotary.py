@@ -36,7 +36,7 @@ def _rotate_kernel(x, cos, sin, heads, stride_t, stride_h, HALF: tl.constexpr, B
 def rotate(gpu: GpuDevice, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [T, heads, D], any strides but the last's; cos and sin [T, D / 2] float32. Rotates in place, returns x.
 
-    The plain body is TorchOps.rotate.
+    TorchOps.rotate is the same in plain torch.
     """
     tokens, heads, dim = x.shape
     if tokens:
