@@ -15,9 +15,9 @@ import json
 import math
 from pathlib import Path
 
+from ziphius import LLM
 from ziphius.config import DEFAULT_MODEL
 from ziphius.ipc.messages import SamplingParams
-from ziphius.llm import LLM
 
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 QUESTION = "What is the capital of France?"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ziphius.checkpoint.config import LatentAttention, ModelConfig, MoEConfig
 from ziphius.kernels.gpu import combine, experts, flash_prefill, gemv, mla_inputs, paged_decode, routing, skinny
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.experts import ExpertMatrices, GroupedConfig, PairConfig
 from ziphius.kernels.gpu.skinny import SkinnyConfig
 from ziphius.kernels.gpu.tuning import Tuned
@@ -35,7 +35,7 @@ L2_BYTES = 120 << 20
 
 
 MLA_CANDIDATES = [
-    paged_decode.MLAConfig(*fields)
+    paged_decode.MLADecodeConfig(*fields)
     for fields in (
         (16, 32, 2, 4), (16, 32, 3, 4), (32, 32, 2, 8), (32, 32, 3, 8), (32, 64, 2, 8), (32, 64, 3, 8),
         (16, 64, 2, 4, True), (32, 64, 2, 8, True), (64, 32, 2, 8), (64, 32, 3, 8), (64, 64, 2, 8),
@@ -68,7 +68,7 @@ class Tuner:
     """One device's search; `found` is what goes into the file."""
 
     device: torch.device
-    gpu: Gpu
+    gpu: GpuDevice
     found: dict[str, Any] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
@@ -367,7 +367,7 @@ def tune_attention(tuner: Tuner, config: ModelConfig, loads: Sequence[tuple[int,
         tuner.say(f"    inputs in {inputs:.1f} us")
 
 
-def _split_counts(gpu: Gpu, tokens: int, context: int) -> list[int]:
+def _split_counts(gpu: GpuDevice, tokens: int, context: int) -> list[int]:
     """From one program on half of the processors to two on each, as powers of two."""
     around = 1 << max(0, (gpu.processors // tokens).bit_length() - 1)
     return sorted({max(1, min(64, context // 32, around * f // 4)) for f in (1, 2, 4, 8)})
@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda")
-    tuner = Tuner(device, Gpu.of(device))
+    tuner = Tuner(device, GpuDevice.of(device))
     file = TUNED / (tuner.gpu.name.replace(" ", "_") + ".json")
     tuner.found = known(tuner.gpu)
     started = time.perf_counter()
@@ -426,7 +426,7 @@ def tune(tuner: Tuner, config: ModelConfig, args: argparse.Namespace) -> None:
     tune_experts(tuner, config, [1, *args.batches], args.prompts)
 
 
-def known(gpu: Gpu) -> dict[str, Any]:
+def known(gpu: GpuDevice) -> dict[str, Any]:
     """What the engine reads for this device now, be it another's: the device's own file takes its place."""
     found: dict[str, Any] = json.loads(json.dumps(Tuned.of(gpu).measured))
     return found

@@ -25,9 +25,9 @@ from triton.runtime.errors import OutOfResources
 from tune_kernels import TUNED, known, layout
 
 from ziphius.checkpoint.config import LatentAttention
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.experts import GroupedConfig, PairConfig
-from ziphius.kernels.gpu.paged_decode import MLAConfig, SplitPlan
+from ziphius.kernels.gpu.paged_decode import MLADecodeConfig, SplitPlan
 from ziphius.kernels.gpu.tuning import ExpertsPlan, GroupedPlan, Tuned
 
 _MOST_TOKENS = 256
@@ -76,7 +76,7 @@ def mla_variants(bench: Bench, batch: int) -> Iterator[Variant]:
         for fields in ((16, 32, 3, 4, False), (16, 64, 3, 8, False), (32, 64, 2, 8, True), (16, 64, 2, 8, True)):
             if fields[0] > max(16, heads):
                 continue
-            value = (SplitPlan(splits, 0), MLAConfig(*fields))
+            value = (SplitPlan(splits, 0), MLADecodeConfig(*fields))
             yield Variant(
                 "mla", f"{heads}x{mla.kv_lora_rank}", [splits, *fields],
                 lambda value=value: override("mla", lambda tokens, *_: tokens <= _MOST_TOKENS, value),
@@ -165,7 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     words = [str(args.config), "--batches", *args.batches, "--steps", str(args.steps), "--no-graphs"]
     bench = build(parse([*words, "--kv-tokens", str(args.kv_tokens)]))
-    gpu = Gpu.of(torch.device("cuda"))
+    gpu = GpuDevice.of(torch.device("cuda"))
     device, found = gpu.name, known(gpu)
     file = TUNED / (device.replace(" ", "_") + ".json")
     everything: list[Measured] = []

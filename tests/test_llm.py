@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tests.end_to_end.small_v25 import PUBLISHED, SMALLER
 
+from ziphius import LLM
 from ziphius.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelError, ModelNotFound
 from ziphius.ipc.messages import SamplingParams
-from ziphius.llm import LLM
 
 BYTES = 256
 END = BYTES

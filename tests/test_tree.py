@@ -94,7 +94,37 @@ def test_the_command_and_the_frontend_are_free_of_torch() -> None:
 
 
 def test_packages_are_folders_and_nothing_else() -> None:
-    assert [str(path) for path in FILES if path.name == "__init__.py" and path.read_text().strip()] == []
+    packages = [path for path in FILES if path.name == "__init__.py" and path != SRC / "__init__.py"]
+    assert [str(path) for path in packages if path.read_text().strip()] == []
+
+
+def test_the_package_gives_its_names_and_loads_nothing_for_them_before() -> None:
+    code = (
+        "import sys\n"
+        "import ziphius\n"
+        "loaded = [name for name in sys.modules if name.startswith('ziphius.')]\n"
+        "assert not loaded and 'torch' not in sys.modules, loaded\n"
+        "assert sorted(ziphius.__all__) == ['Completion', 'LLM', 'SamplingParams', 'ZiphiusError']\n"
+        "assert set(ziphius.__all__) <= set(dir(ziphius))\n"
+        "from ziphius import SamplingParams, ZiphiusError\n"
+        "assert 'torch' not in sys.modules\n"
+        "from ziphius import LLM, Completion\n"
+        "found = [(value.__module__, value.__name__) for value in (LLM, Completion, SamplingParams, ZiphiusError)]\n"
+        "assert found == [('ziphius.llm', 'LLM'), ('ziphius.llm', 'Completion'),\n"
+        "                 ('ziphius.ipc.messages', 'SamplingParams'), ('ziphius.errors', 'ZiphiusError')], found\n"
+        "assert not hasattr(ziphius, 'nothing')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,4 +1,4 @@
-"""ServeConfig: every option, declared once, and where each value came from; it probes nothing and starts nothing."""
+"""ServeConfig: every option, declared once, and where each value came from."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def env_name(name: str) -> str:
 
 
 _NOT_OPTIONS = ("ZIPHIUS_HOME", "ZIPHIUS_RUN_ID")
-"""Variables with other readers: `ziphius.installation` and the manager. ZIPHIUS_TEST_* is the test suite's."""
+"""`ziphius.installation` and the manager read these variables. The test suite uses ZIPHIUS_TEST_*."""
 
 
 def default_config_file(env: Mapping[str, str]) -> Path | None:
@@ -163,7 +163,7 @@ def override(base: Resolved, flags: Mapping[str, Any]) -> Resolved:
 
 
 def words_of(text: str, option: str) -> tuple[str, ...]:
-    """`text` as a shell splits it. ConfigError, which names the option, for a quotation that does not end."""
+    """`text` as a shell splits it. ConfigError, which names the option, when a quotation does not end."""
     try:
         return tuple(shlex.split(text))
     except ValueError as e:
@@ -206,7 +206,7 @@ def _checked(option: Field[Any], raw: Any, origin: str) -> Any:
         finite = "a finite " if kind is float else ""
         raise ConfigError(f"{name} ({origin}) must be {finite}{kind.__name__}, not {raw!r}", param=name)
     if value == "":
-        # Mostly a variable of a script that was never set: an empty host would be every address, an empty key no key
+        # Mostly a script's variable that was never set. An empty host would mean every address, an empty key no key.
         raise ConfigError(f"{name} ({origin}) must not be empty", param=name)
     if meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{name} ({origin}) must be one of {', '.join(meta['choices'])}, not {value!r}", param=name)
@@ -218,7 +218,7 @@ def _checked(option: Field[Any], raw: Any, origin: str) -> Any:
 
 
 def _converted(raw: Any, kind: type) -> Any:
-    """`raw` as `kind`, or None when it is no such thing."""
+    """`raw` as `kind`, or None when it cannot be converted."""
     if kind is bool:
         return raw if isinstance(raw, bool) else _WORDS.get(str(raw).lower())
     if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
@@ -227,9 +227,9 @@ def _converted(raw: Any, kind: type) -> Any:
         return raw if isinstance(raw, str) else None
     try:
         number = kind(raw)
-    except (TypeError, ValueError, OverflowError):  # the last of an infinite number in a file
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an infinite number in a file
         return None
     if isinstance(raw, float) and kind is int and raw != number:
         return None
-    # Settings are kept as JSON, which has no other numbers
+    # Settings are kept as JSON, which has finite numbers only.
     return number if kind is int or math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""ParallelState: which tensor-parallel rank this is, and its collectives; it starts no process and decides nothing."""
+"""ParallelState: which tensor-parallel rank this is, and its collectives."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 _PEER_BYTES = 512 << 10
 """Largest sum that goes through shared memory: each rank reads all of every other's part."""
 _NEVER = timedelta(days=1)
-"""Ranks wait for one another as long as the slowest one loads. Who is gone or hangs is noticed from outside."""
+"""Ranks wait for each other while the slowest one loads. The frontend notices a rank that has died or hangs."""
 
 
 @dataclass(slots=True)
 class CollectiveCount:
-    """How many collectives a rank has entered: of ranks that wait for one another, the one behind is to blame."""
+    """How many collectives a rank has entered: when ranks wait for each other, the lowest count is to blame."""
 
     entered: int = 0
 
@@ -86,7 +86,7 @@ class ParallelState:
     group: dist.ProcessGroup | None = None
     count: CollectiveCount = field(default_factory=CollectiveCount, compare=False)
     peers: PeerSums | None = field(default=None, compare=False)
-    """For small sums, where there is one."""
+    """For small sums. None where the GPUs share no memory."""
 
     @property
     def capturable(self) -> bool:
@@ -181,15 +181,15 @@ class Store(Protocol):
 def join(
     where: Rendezvous, rank: int, size: int, device: torch.device, batch_invariant: bool = False
 ) -> Iterator[tuple[ParallelState, Store]]:
-    """Become rank `rank` of `size` while the block runs: (its collectives, a store that all ranks share).
+    """Become rank `rank` of `size` while the block runs. Yields its collectives and a store that all ranks share.
 
     `batch_invariant`: no sum may depend, bit for bit, on what else is in the tensor; ConfigError where that cannot be.
     Waits for the others. EngineFailed when they cannot be reached. A block that raises leaves the group as it is:
-    taking leave would wait for ranks that may be gone, and the process is to end anyway.
+    leaving it would wait for ranks that may be gone, and the process is going to end anyway.
     """
     try:
         store = _store(where, rank, size)
-        # The GPU is named so that NCCL connects now: what is wrong with it shows here, not in the first step.
+        # The GPU is named so that NCCL connects now: a fault shows here, and not in the first step.
         named = device if device.type == "cuda" else None
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -197,7 +197,7 @@ def join(
         )  # fmt: skip
     except RuntimeError as error:
         raise EngineFailed(f"rank {rank} could not join the other {size - 1}: {_first_line(error)}") from error
-    one_order = batch_invariant and size > 2  # Two numbers have one sum in any.
+    one_order = batch_invariant and size > 2  # Two numbers have the same sum in any order.
     # Ranks that meet in a file are on one machine.
     peers = _peer_sums(device, one_order) if device.type == "cuda" and size > 1 and where.path else None
     if one_order and peers is None:
@@ -210,7 +210,7 @@ def join(
 
 
 def _peer_sums(device: torch.device, any_size: bool) -> PeerSums | None:
-    """None on every rank if on any: ranks that add in different ways would wait for each other for ever."""
+    """None on every rank if any rank has none: ranks that add in different ways would wait for each other for ever."""
     peers, reason = None, "another rank's cannot be reached"
     try:
         peers = PeerSums(device, any_size)

@@ -1,4 +1,4 @@
-"""Every error Ziphius raises on purpose, and how each one is told; it formats nothing else and logs nothing.
+"""Every error Ziphius raises on purpose, with its HTTP status and its exit status.
 
 ZiphiusError
 ├── ConfigError                 a flag, variable or file key is wrong                       exit 2
@@ -8,7 +8,7 @@ ZiphiusError
 │   ├── CheckpointError         files missing, truncated, left over or of the wrong shape
 │   └── DownloadError           fetching failed; what was fetched is kept
 ├── DoesNotFit                  the plan says no                                             exit 1
-│   └── LacksMemory             of the memory that is free now; with more of it it may say yes
+│   └── LacksMemory             too little memory is free now; it may fit when more is free
 ├── InstanceError               a start, stop or look-up of an instance failed               exit 1
 │   ├── AlreadyRunning
 │   ├── PortInUse
@@ -26,7 +26,7 @@ ZiphiusError
     ├── NotReady                503 while loading
     ├── Overloaded              503 with Retry-After, before a stream starts
     ├── ShuttingDown            503 while draining
-    └── EngineFailed            500, the engine process is gone or broke on this request
+    └── EngineFailed            500, the engine process is gone, or it failed on this request
         └── RankLost            a rank could not reach the others: one of them is gone
 """
 

@@ -1,9 +1,8 @@
-"""This installation of Ziphius: its version and the folders that it keeps its files in; it creates none of them."""
+"""This installation of Ziphius: its version and the folders that it keeps its files in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 from ziphius.errors import ConfigError
@@ -14,7 +13,7 @@ def ziphius_home(env: Mapping[str, str]) -> Path:
 
     An empty variable counts as unset, and so does a relative XDG_STATE_HOME (XDG base directory
     specification 0.8). A relative ZIPHIUS_HOME is taken from the working folder. ConfigError when no
-    variable tells a place and the user has no home.
+    variable names a folder and the user has no home.
     """
     own = env.get("ZIPHIUS_HOME", "")
     if own:
@@ -40,7 +39,9 @@ def instances_folder(home: Path) -> Path:
 
 
 def package_version() -> str:
-    """Of the installed package; `unknown` in a tree that is not installed."""
+    """The version of the installed package; `unknown` in a source tree that is not installed."""
+    from importlib import metadata  # here: it is slow to import, and few callers ask for the version
+
     try:
         return metadata.version("ziphius")
     except metadata.PackageNotFoundError:

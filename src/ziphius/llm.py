@@ -1,4 +1,4 @@
-"""LLM: offline use, the same engine in the caller's process; it opens no socket and starts no process."""
+"""LLM: the engine in the caller's own process, without a server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishKind = "length"
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """One for each of `token_ids`, where the sampling asks for them."""
+    """One for each of `token_ids`, when the sampling parameters ask for them."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     cached_tokens: int = 0
     """How many of the prompt's tokens came from the prefix cache."""
@@ -55,7 +55,7 @@ class LLM:
     """A model, loaded once: `LLM("SmolLM2-135M-Instruct").generate(["Once upon a time"])`.
 
     `model` is a model id or a folder, and `options` are those of `ziphius serve` (context_length=..., dtype=...).
-    Raises what loading raises: ConfigError, ModelError, DoesNotFit. For one thread at a time.
+    Raises ConfigError, ModelError or DoesNotFit when the model cannot be loaded. Only one thread at a time may use it.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -74,10 +74,10 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Completion]:
-        """Complete `prompts`, computed together; the answers come in their order.
+        """Complete `prompts`, which are computed together. The answers have the order of the prompts.
 
-        `sampling`: for all of them, or one for each; without it 128 tokens at temperature 1, seeds drawn anew.
-        InvalidRequest and ContextLengthExceeded before anything runs; EngineFailed when a step failed.
+        `sampling`: one for all prompts, or one for each. Without it: 128 tokens at temperature 1, with random seeds.
+        Raises InvalidRequest or ContextLengthExceeded before anything runs, and EngineFailed when a step failed.
         """
         every = _prompt_list(prompts)
         each = _sampling_list(sampling, len(every))
@@ -127,7 +127,7 @@ class LLM:
         return outputs
 
     def _abort(self, rids: set[str]) -> None:
-        """After an interruption: the next `generate` must find the engine empty."""
+        """End these requests after an interruption: the next `generate` must find an empty engine."""
         if rids:
             self._channel.to_engine.extend(AbortRequest(rid=rid) for rid in rids)
             self._engine.turn()
@@ -166,7 +166,7 @@ def _take(completion: Completion, output: RequestOutput) -> None:
 
 
 def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A lone prompt counts as a list of one."""
+    """A single prompt counts as a list of one."""
     if isinstance(prompts, str):
         return [prompts]
     return [list(prompts)] if any(isinstance(p, int) for p in prompts) else list(prompts)  # type: ignore[arg-type]
@@ -183,4 +183,4 @@ def _sampling_list(sampling: SamplingParams | Sequence[SamplingParams] | None, c
 
 
 def _ignore(progress: LoadProgress) -> None:
-    """Nobody watches."""
+    """Progress of loading is not shown."""

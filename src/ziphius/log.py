@@ -1,4 +1,4 @@
-"""One log format for every process of an instance; it decides nothing about what is logged."""
+"""The log format that every process of an instance uses."""
 
 from __future__ import annotations
 
@@ -22,6 +22,5 @@ def configure(level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for library in ("httpx", "httpx2"):
-        # An info line for each request, with the hub's signed addresses in it
-        logging.getLogger(library).setLevel(logging.WARNING)
+    # httpx2 logs an info line for each request, with the hub's signed addresses in it.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)

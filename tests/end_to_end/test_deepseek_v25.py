@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 from tests.checkpoint.stand_in_hub import GOOD_TOKEN, Fault, StandInHub
@@ -32,8 +32,8 @@ from tests.end_to_end.conftest import (
 from tests.end_to_end.small_v25 import SHARDS, write_small_v25
 from tests.shared_memory import SharedMemory
 
+from ziphius import LLM
 from ziphius.ipc.messages import SamplingParams
-from ziphius.llm import LLM
 
 MODEL = "deepseek-ai/DeepSeek-V2.5-1210"
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-import httpx
+import httpx2 as httpx
 import psutil
 import pytest
 from tests.end_to_end.conftest import alive, free_port, wait_until

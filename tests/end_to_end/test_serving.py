@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 
-import httpx
+import httpx2 as httpx
 import openai
 from tests.end_to_end.conftest import alive, wait_until
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import openai
 import server_fakes as fakes
 import uvloop

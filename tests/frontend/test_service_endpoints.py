@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ziphius.frontend.metrics import Histogram, RateMeter
+from ziphius.frontend.metrics import Histogram, TokenRate
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 4}
 
@@ -90,7 +90,7 @@ def test_healthy(http, path):
 
 def test_rates_forget_what_is_long_ago():
     now = 100.0
-    meter = RateMeter(clock=lambda: now)
+    meter = TokenRate(clock=lambda: now)
     meter.add(10)
     now = 101.0
     meter.add(30)

@@ -61,8 +61,8 @@ class SglangBench:
         return sorted(p.pid for p in process.tree(target(self.record(name))))
 
 
-def target(record: Record) -> process.Target:
-    return process.Target(record.pid or 0, record.identity, record.run_id)
+def target(record: Record) -> process.StartedProcess:
+    return process.StartedProcess(record.pid or 0, record.identity, record.run_id)
 
 
 def free_port() -> int:

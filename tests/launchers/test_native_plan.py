@@ -12,7 +12,7 @@ from ziphius.config import Resolved, resolve
 from ziphius.errors import ConfigError, DoesNotFit, LacksMemory, ModelError
 from ziphius.launchers import engines
 from ziphius.launchers.engines import engine_launcher, native_in_foreground
-from ziphius.launchers.native_plan import NativeOutlook, plan_native
+from ziphius.launchers.native_plan import NativeStartPlan, plan_native
 from ziphius.planner.hardware import Host, parse_gpus, read_host
 
 DATA = Path(__file__).parents[1] / "planner" / "data"
@@ -23,16 +23,16 @@ def asked(tmp_path: Path, model: str = "deepseek-v2.5-1210", **flags: Any) -> Re
     return resolve({"model": str(tmp_path), **flags}, env={})
 
 
-def planned(made: Resolved, host: Host, force: bool = False) -> NativeOutlook:
+def planned(made: Resolved, host: Host, force: bool = False) -> NativeStartPlan:
     return plan_native(made, {}, force=force, probe=lambda: host, torch_cuda=True)
 
 
 def test_what_fits_is_predicted(tmp_path: Path) -> None:
-    outlook = planned(asked(tmp_path, tp=4), read_host(DATA / "host-4xh200.json"))
-    assert outlook.predicted_kv_tokens is not None
-    assert 360_000 < outlook.predicted_kv_tokens < 380_000
-    assert outlook.gpus == ()
-    (note,) = outlook.notes
+    start_plan = planned(asked(tmp_path, tp=4), read_host(DATA / "host-4xh200.json"))
+    assert start_plan.predicted_kv_tokens is not None
+    assert 360_000 < start_plan.predicted_kv_tokens < 380_000
+    assert start_plan.gpus == ()
+    (note,) = start_plan.notes
     assert note.startswith("planned: 110.75 GiB of weights")
 
 
@@ -62,7 +62,7 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_what_is_not_here_yet_is_left_to_the_server(tmp_path: Path) -> None:
     made = resolve({"model": "somebody/something"}, env={})
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    assert plan_native(made, environment, force=False, probe=lambda: parse_gpus("H200")) == NativeOutlook()
+    assert plan_native(made, environment, force=False, probe=lambda: parse_gpus("H200")) == NativeStartPlan()
 
 
 def test_serve_is_planned_like_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_serve_is_planned_like_a_start(tmp_path: Path, monkeypatch: pytest.Monke
 def test_serve_on_a_later_machine_leaves_the_plan_to_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "probe_host", lambda: pytest.fail("it was probed"))
     other = asked(tmp_path, tp=2, nnodes=2, node_rank=1, dist_init_addr="127.0.0.1:1")
-    assert native_in_foreground(other, {}, force=False) == NativeOutlook()
+    assert native_in_foreground(other, {}, force=False) == NativeStartPlan()
 
 
 def test_a_busy_first_gpu_is_left_out(tmp_path: Path) -> None:

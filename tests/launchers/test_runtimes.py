@@ -17,8 +17,8 @@ from ziphius.errors import ConfigError, DoesNotFit
 from ziphius.launchers.apptainer import mount_option
 from ziphius.launchers.command_line import command_line
 from ziphius.launchers.engines import engine_launcher, with_absolute_paths
-from ziphius.launchers.job import Mount, needed_folders
 from ziphius.launchers.launcher import Launch
+from ziphius.launchers.runtime import Mount, needed_folders
 from ziphius.planner.hardware import Host, parse_gpus
 
 if TYPE_CHECKING:

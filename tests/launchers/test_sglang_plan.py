@@ -9,7 +9,7 @@ import pytest
 
 from ziphius.config import Resolved, resolve
 from ziphius.errors import DoesNotFit, LacksMemory
-from ziphius.launchers.sglang_plan import Outlook, plan_start
+from ziphius.launchers.sglang_plan import SglangStartPlan, plan_start
 from ziphius.planner.hardware import Host, parse_gpus, read_host
 
 DATA = Path(__file__).parents[1] / "planner" / "data"
@@ -20,17 +20,17 @@ def asked(tmp_path: Path, model: str = "deepseek-v2.5-1210", **flags: Any) -> Re
     return resolve({"engine": "sglang", "model": str(tmp_path), **flags}, env={})
 
 
-def planned(made: Resolved, host: Host, force: bool = False) -> Outlook:
+def planned(made: Resolved, host: Host, force: bool = False) -> SglangStartPlan:
     return plan_start(made, {}, force=force, probe=lambda: host)
 
 
 def test_on_recorded_h200(tmp_path: Path) -> None:
-    outlook = planned(asked(tmp_path, tp=4), read_host(DATA / "host-4xh200.json"))
-    assert outlook.gpus
-    assert outlook.planned.trust_remote_code
-    assert outlook.planned.mem_fraction == pytest.approx(0.90, abs=0.02)
-    assert outlook.predicted_kv_tokens is not None
-    assert outlook.notes[0].startswith("planned:")
+    start_plan = planned(asked(tmp_path, tp=4), read_host(DATA / "host-4xh200.json"))
+    assert start_plan.gpus
+    assert start_plan.planned.trust_remote_code
+    assert start_plan.planned.mem_fraction == pytest.approx(0.90, abs=0.02)
+    assert start_plan.predicted_kv_tokens is not None
+    assert start_plan.notes[0].startswith("planned:")
 
 
 def test_a_fraction_that_was_asked_for_gives_its_prediction(tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_a_llama_needs_no_code_of_others(tmp_path: Path) -> None:
 
 def test_on_a_cpu_the_weights_must_fit_and_nothing_is_predicted(tmp_path: Path) -> None:
     made = asked(tmp_path, "llama-3-8b", device="cpu", context_length=4096)
-    outlook = planned(made, Host(memory_available_mib=64 * 1024))
-    assert not outlook.gpus
-    assert (outlook.predicted_kv_tokens, outlook.planned.mem_fraction) == (None, None)
+    start_plan = planned(made, Host(memory_available_mib=64 * 1024))
+    assert not start_plan.gpus
+    assert (start_plan.predicted_kv_tokens, start_plan.planned.mem_fraction) == (None, None)
     with pytest.raises(LacksMemory, match="--force"):
         planned(made, Host(memory_available_mib=8 * 1024))
     assert "although" in planned(made, Host(memory_available_mib=8 * 1024), force=True).notes[0]

@@ -57,8 +57,8 @@ class Bench:
         return sorted(p.pid for p in process.tree(self.target(self.record(name))))
 
     @staticmethod
-    def target(record: Record) -> process.Target:
-        return process.Target(record.pid or 0, record.identity, record.run_id)
+    def target(record: Record) -> process.StartedProcess:
+        return process.StartedProcess(record.pid or 0, record.identity, record.run_id)
 
     def tampered(self, name: str = "default", **changes: Any) -> None:
         self.instances.write(replace(self.record(name), **changes))

@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from ziphius.errors import InstanceError

@@ -239,7 +239,7 @@ class TestStop:
         taken: list[float] = []
         end_tree = process.end_tree
 
-        def end_now(target: process.Target, patience_s: float, on_wait: Quiet) -> None:
+        def end_now(target: process.StartedProcess, patience_s: float, on_wait: Quiet) -> None:
             taken.append(patience_s)
             end_tree(target, 0, on_wait)
 

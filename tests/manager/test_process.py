@@ -22,7 +22,7 @@ def test_identity_tells_two_processes_of_one_number_apart(stranger: psutil.Popen
     assert first is not None
     assert first == process.identity(stranger.pid)
     assert first != process.identity(os.getpid())
-    assert not process.alive(process.Target(stranger.pid, "another boot:17", "run"))
+    assert not process.alive(process.StartedProcess(stranger.pid, "another boot:17", "run"))
 
 
 def test_the_dead_and_zombies_have_no_identity() -> None:
@@ -59,7 +59,7 @@ def test_a_tree_has_those_that_left_the_session_and_lost_their_parent(tmp_path: 
     code = "import subprocess; subprocess.Popen(['sleep', '600'], start_new_session=True)"
     launch = Launch((sys.executable, "-c", code), dict(os.environ), b"")
     child = process.spawn(launch, tmp_path / "log", "run-2")
-    target = process.Target(child.pid, process.identity(child.pid) or "", "run-2")
+    target = process.StartedProcess(child.pid, process.identity(child.pid) or "", "run-2")
     process.hand_over(child, launch)
     child.wait(timeout=60)
     (orphan,) = process.tree(target)
@@ -78,7 +78,7 @@ def test_a_tree_has_those_of_the_session_without_the_mark(tmp_path: Path) -> Non
     )
     launch = Launch((sys.executable, "-c", code), dict(os.environ), b"")
     child = process.spawn(launch, tmp_path / "log", "run-3")
-    target = process.Target(child.pid, process.identity(child.pid) or "", "run-3")
+    target = process.StartedProcess(child.pid, process.identity(child.pid) or "", "run-3")
     deadline = time.monotonic() + 60
     while "there" not in (tmp_path / "log").read_text():
         assert time.monotonic() < deadline
@@ -104,7 +104,7 @@ def test_a_second_signal_says_that_the_wait_is_over(tmp_path: Path) -> None:
     )
     launch = Launch((sys.executable, "-c", code), dict(os.environ), b"")
     child = process.spawn(launch, tmp_path / "log", "run-4")
-    target = process.Target(child.pid, process.identity(child.pid) or "", "run-4")
+    target = process.StartedProcess(child.pid, process.identity(child.pid) or "", "run-4")
     process.hand_over(child, launch)
     deadline = time.monotonic() + 60
     while "there" not in (tmp_path / "log").read_text():

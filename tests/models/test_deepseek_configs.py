@@ -11,11 +11,11 @@ import pytest
 import torch
 from hf_oracle import CPU, VOCAB, Session, Tiny, difference, make_tiny, prompt
 
+from ziphius import LLM
 from ziphius.checkpoint.config import ModelConfig, YarnConfig
 from ziphius.errors import ContextLengthExceeded
 from ziphius.ipc.messages import SamplingParams
 from ziphius.layers.rotary import RotaryEmbedding
-from ziphius.llm import LLM
 
 
 @pytest.fixture(autouse=True, scope="module")

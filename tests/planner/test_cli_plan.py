@@ -11,7 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ziphius.cli.plan import register
+from ziphius.cli.plan import doctor, plan
+from ziphius.cli.verbs import VerbCommand
 from ziphius.planner.hardware import read_host
 
 
@@ -20,7 +21,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("ZIPHIUS_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
     app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
-    register(app)
+    for verb in (plan, doctor):
+        app.command(cls=VerbCommand)(verb)
     return lambda *words: CliRunner().invoke(app, list(map(str, words)))
 
 
@@ -79,8 +81,9 @@ def test_the_broken_block_and_the_missing_gpus_are_named(run, v25_folder: Path) 
         (["--gpu", "4xH200", "--tp", "4", "--engine", "sglang"], 0),
         (["--gpu", "4xH200", "--tp", "3"], 1),
         (["--gpu", "2xH200", "--weights-format", "bf16"], 1),
-        (["--gpu", "2xH200", "--weights-format", "fp8"], 0),
-        (["--gpu", "1xH200", "--weights-format", "int4"], 0),
+        (["--gpu", "2xH200", "--weights-format", "fp8"], 1),
+        (["--gpu", "2xH200", "--weights-format", "fp8", "--engine", "native"], 1),
+        (["--gpu", "1xH200", "--weights-format", "int4"], 1),
         (["--gpu", "1xH200", "--weights-format", "int4", "--context-length", "163840", "--mem-fraction", "0.9"], 1),
         (["--gpu", "4xFoo"], 2),
         (["--gpu", "4xH200", "--host-file", "x.json"], 2),
@@ -98,6 +101,16 @@ def test_exit_status(run, v25_folder: Path, words: list[str], status: int) -> No
     assert done.exit_code == status, done.output
     if status == 2:
         assert done.stderr.strip()
+
+
+def test_what_fits_but_cannot_be_run_is_said_and_has_no_command(run, v25_folder: Path) -> None:
+    words = ("plan", v25_folder, "--gpu", "2xH200", "--weights-format", "fp8", "--engine", "native")
+    done = run(*words)
+    assert (done.exit_code, "It fits, but this version of Ziphius cannot run what fits" in done.stdout) == (1, True)
+    done = run(*words, "--json")
+    made = json.loads(done.stdout)
+    assert (done.exit_code, made["fits"], made["recommendation"]) == (1, True, None)
+    assert done.stderr == "ziphius: it fits, but this version of Ziphius cannot run what fits\n"
 
 
 def test_a_model_that_cannot_be_read_is_bad_input(run, v25_folder: Path) -> None:
@@ -156,8 +169,8 @@ def test_doctor(run, tmp_path: Path) -> None:
 
 def test_torch_is_not_imported(v25_folder: Path) -> None:
     script = (
-        "import sys, typer\nfrom ziphius.cli.plan import register\napp = typer.Typer()\nregister(app)\n"
-        "try:\n    app()\nfinally:\n    heavy = {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "import sys\nfrom ziphius.cli.app import main\n"
+        "try:\n    main()\nfinally:\n    heavy = {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
         "    assert not heavy, heavy\n"
     )
     for words in (["plan", str(v25_folder), "--gpu", "4xH200"], ["doctor"]):

@@ -1,4 +1,4 @@
-"""AttentionBackend: what a model asks of attention; it holds no attention maths."""
+"""AttentionBackend: the interface between a model and the implementations of attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ziphius.layers.ops import LayerOps
 
 @dataclass(frozen=True, slots=True)
 class ProjectedTokens:
-    """One layer's tokens for latent attention, as the projections leave them, and what is still to be done to them."""
+    """One layer's tokens for latent attention, from the projections, with what norms, rotates and expands them."""
 
     q: Tensor
     """[T, H, nope + rope], not rotated."""
@@ -25,7 +25,7 @@ class ProjectedTokens:
     k_pe: Tensor
     """[T, rope], not rotated."""
     norm: RMSNorm
-    """Of the latent."""
+    """The norm of the latent."""
     angles: tuple[Tensor, Tensor]
     """cos and sin, [T, rope / 2] float32."""
     w_uk: Tensor
@@ -38,7 +38,7 @@ class AttentionBackend(Protocol):
     """Causal attention over a paged cache. T tokens, H query heads and KH key heads of this rank, D head_dim."""
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Once a step, before the first layer: work out what all layers share."""
+        """Compute what all layers of a step share. Called once a step, before the first layer."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, batch: ForwardBatch, scale: float) -> Tensor:
         """Write k and v at `batch.slots`, then attend. q [T, H, D], k and v [T, KH, D], rotated -> [T, H, D]."""
@@ -53,7 +53,7 @@ class AttentionBackend(Protocol):
         """
 
 
-class InSteps(ABC):
+class TwoStepLatentBackend(ABC):
     """attend_projected in two steps, for backends whose kernels do not do it in one."""
 
     def attend_projected(

@@ -1,4 +1,4 @@
-"""ForwardBatch: one step's integers as tensors, as the model and the attention read them; it owns no cache."""
+"""ForwardBatch: one step's integers as tensors, as the model and the attention read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ForwardBatch:
     """What one step computes: `num_decodes` sequences of one token each, then prefill chunks of any length.
 
     A *slot* is `page * page_size + offset`: where the pool keeps one token. Token t belongs to the sequence s with
-    `query_starts[s] <= t < query_starts[s + 1]`. A chunk sees everything its sequence has in the cache already.
+    `query_starts[s] <= t < query_starts[s + 1]`. A chunk attends to all that its sequence has in the cache.
     """
 
     input_ids: Tensor
@@ -28,9 +28,9 @@ class ForwardBatch:
     seq_lens: list[int]
     """[sequences] tokens in the cache after this step, those of this step included."""
     seq_lens_device: Tensor
-    """[sequences] int32, the same on the device."""
+    """[sequences] int32, the same numbers on the device."""
     page_table: Tensor
-    """[sequences, max_pages] int32; only the first ceil(seq_len / page_size) entries of a row mean something."""
+    """[sequences, max_pages] int32; only the first ceil(seq_len / page_size) entries of a row are valid."""
     page_size: int
     sample_indices: Tensor
     """[n] int64: the tokens whose logits are wanted."""

@@ -1,4 +1,4 @@
-"""CpuBackend: attention by the CPU kernels where they fit, by TorchBackend elsewhere; it holds no attention maths."""
+"""CpuBackend: attention by the CPU kernels for what they support, and by TorchBackend for the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ziphius.attention.backend import InSteps
+from ziphius.attention.backend import TwoStepLatentBackend
 from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.torch_reference import TorchBackend
 from ziphius.kv_cache.kv_pool import KVCache, LatentCache
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ziphius.kernels.cpu.paged_attention import PagedAttention
 
 
-class CpuBackend(InSteps):
-    """The kernels keep keys in an order of their own (kernels/cpu/attention.py): a cache belongs to one backend."""
+class CpuBackend(TwoStepLatentBackend):
+    """The kernels store keys in their own order (kernels/cpu/attention.py), so a cache belongs to one backend."""
 
     def __init__(self) -> None:
         self._torch = TorchBackend()
@@ -25,7 +25,7 @@ class CpuBackend(InSteps):
         self._begun: ForwardBatch | None = None
 
     def prepare(self, batch: ForwardBatch) -> None:
-        # Neither body prepares what only the other needs.
+        # Prepare only the implementation that this step needs.
         self._prepared = self._begun = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, batch: ForwardBatch, scale: float) -> Tensor:

@@ -1,8 +1,9 @@
 """CudaBackend: attention by the GPU kernels: split decode over the paged cache, flash attention for prompt chunks.
 
-Decoding never expands the latent cache. A prompt chunk expands the latents of all it sees through kv_b, as many heads
-at a time as a fixed amount of memory holds, and attends to ordinary keys and values. With `batch_invariant` every
-token is a decode row, cut at fixed lengths: slower for prompts, the same bits in any company.
+Decoding never expands the latent cache. A prompt chunk expands the latents of all tokens that it sees through kv_b, as
+many heads at a time as a fixed amount of memory holds, and attends to ordinary keys and values. With
+`batch_invariant` every token is a decode row, split at fixed lengths: this is slower for prompts, but gives the same
+bits whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ziphius.attention.backend import ProjectedTokens
 from ziphius.attention.batch import ForwardBatch
 from ziphius.kernels.gpu.combine import combine, combine_values
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.flash_prefill import Tiles, flash_prefill, make_tiles
 from ziphius.kernels.gpu.mla_inputs import NewTokens, decode_inputs, prompt_inputs
 from ziphius.kernels.gpu.paged_decode import FIXED_SPLIT, Paged, gqa_parts, mla_parts, split_plan
@@ -27,11 +28,11 @@ from ziphius.kv_cache.kv_pool import KVCache, LatentCache
 from ziphius.layers.ops import LayerOps
 
 _EXPANDED_BYTES = 1 << 30
-"""Most memory that expanded keys and values take at a time."""
+"""The most bytes that expanded keys and values take at a time."""
 _KEYS_AT_ONCE = 1 << 17
-"""Keys of several sequences' chunks that are gathered from the cache together: all may share one long prefix."""
+"""The most keys of several sequences' chunks that are gathered from the cache together. They may share a prefix."""
 _PARTS_BYTES = 1 << 29
-"""Most memory that the sums of decode rows' splits take at a time: with splits of a fixed length there are many."""
+"""The most bytes that the partial sums of decode rows take at a time. With splits of a fixed length there are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,12 @@ class _Plan:
 
     batch: ForwardBatch
     rows: int
-    """Tokens that are computed as decode rows: the first ones."""
+    """How many tokens are computed as decode rows: the first ones."""
     paged: Paged
     longest: int
-    """At least the tokens of the longest decode row."""
+    """At least as many as the longest decode row has tokens."""
     chunks: list[_Chunks]
-    """All other tokens, in order."""
+    """The chunks of all other tokens, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,16 @@ class _Chunks:
     """Prompt chunks whose keys are in memory together."""
 
     tokens: slice
-    """Theirs, counted from the first token that is not a decode row."""
+    """Their tokens, counted from the first token that is not a decode row."""
     tiles: Tiles
     """Their queries, counted from the first of `tokens`."""
     key_slots: Tensor | None
-    """Where everything that they see lies; None: in `tokens` themselves."""
+    """The slots of all keys that they see. None: the keys are those of `tokens` themselves."""
 
 
 class CudaBackend:
     def __init__(self, device: torch.device, batch_invariant: bool = False) -> None:
-        self._gpu = Gpu.of(device, batch_invariant)
+        self._gpu = GpuDevice.of(device, batch_invariant)
         self._tuned = Tuned.of(self._gpu)
         self._plan: _Plan | None = None
 
@@ -184,7 +185,7 @@ def _new(tokens: ProjectedTokens, batch: ForwardBatch, start: int, end: int) -> 
 
 
 def _by_rows(plan: _Plan, values: int, attend: Callable[[slice, Paged], Tensor]) -> Tensor:
-    """`attend` for all decode rows: at once, or as many at a time as may leave `values` float32 each."""
+    """Call `attend` for all decode rows, for so many at a time that `values` float32 for each fit into the limit."""
     at_once = max(1, _PARTS_BYTES // (4 * values))
     paged = plan.paged
     if plan.rows <= at_once:
@@ -211,7 +212,7 @@ def _plan_step(batch: ForwardBatch) -> _Plan:
 
 
 def _plan_chunks(batch: ForwardBatch, first: int, end: int) -> _Chunks:
-    """Of the sequences from `first` to before `end`."""
+    """The chunks of the sequences from `first` to before `end`."""
     start = batch.query_starts[first]
     query_starts = [each - start for each in batch.query_starts[first : end + 1]]
     tokens = slice(start - batch.num_decodes, batch.query_starts[end] - batch.num_decodes)
@@ -237,7 +238,7 @@ def _key_slots(batch: ForwardBatch, first: int, end: int, total: int) -> Tensor:
 
 
 def _plan_all_as_rows(batch: ForwardBatch) -> _Plan:
-    """Every token of a chunk as a decode row: of its sequence's pages, as far as itself."""
+    """A plan with every token of a chunk as a decode row that sees its sequence's pages up to itself."""
     counts = batch.seq_lens_device.new_tensor([end - start for start, end in pairwise(batch.query_starts)])
     seq = torch.repeat_interleave(
         torch.arange(batch.num_seqs, device=counts.device), counts, output_size=batch.num_tokens

@@ -1,4 +1,4 @@
-"""make_backend: which body of attention a device gets; it computes nothing."""
+"""make_backend: which implementation of attention a device gets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ziphius.layers.select import has_gpu_kernels
 
 
 def make_backend(device: torch.device, batch_invariant: bool = False) -> AttentionBackend:
-    """The fastest body there is for `device`; see make_linear_format for `batch_invariant`."""
+    """The fastest implementation for `device`. See make_linear_format for `batch_invariant`."""
     if device.type == "cuda" and has_gpu_kernels():
         from ziphius.attention.cuda import CudaBackend
 

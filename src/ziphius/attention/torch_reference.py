@@ -1,4 +1,4 @@
-"""TorchBackend: attention over the paged cache in plain torch, on any device; the reference of every faster body."""
+"""TorchBackend: attention over the paged cache in plain torch. Faster implementations are tested against it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ziphius.attention.backend import InSteps
+from ziphius.attention.backend import TwoStepLatentBackend
 from ziphius.attention.batch import ForwardBatch
 from ziphius.kv_cache.kv_pool import KVCache, LatentCache
 
@@ -20,9 +20,9 @@ class _Chunk:
     start: int
     end: int
     slots: Tensor
-    """[seq_len]: where the whole sequence lies, this step's tokens included."""
+    """[seq_len]: the slots of the whole sequence, with this step's tokens."""
     mask: Tensor
-    """[1, end - start, seq_len] bool: what each token sees."""
+    """[1, end - start, seq_len] bool: which tokens each token sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class _Plan:
     chunks: list[_Chunk]
 
 
-class TorchBackend(InSteps):
+class TorchBackend(TwoStepLatentBackend):
     """Decode rows in one padded batch, prefill chunks sequence by sequence."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ def _make_plan(batch: ForwardBatch) -> _Plan:
     longest = max(batch.seq_lens[:decodes], default=0)
     index = torch.arange(longest, device=device)
     seen = index.unsqueeze(0) < batch.seq_lens_device[:decodes].unsqueeze(1)
-    # What lies beyond a row's length is not the row's: a NaN there would survive the mask as 0 * NaN.
+    # Slots after a row's end are not the row's: a NaN there would pass the mask as 0 * NaN.
     index = torch.where(seen, index.unsqueeze(0), 0)
     slots = _slots(batch, torch.arange(decodes, device=device).unsqueeze(1), index)
     chunks = [_make_chunk(batch, seq) for seq in range(decodes, batch.num_seqs)]

@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from ziphius.checkpoint.hub_cache import HubCache
-from ziphius.checkpoint.hub_errors import Asked, is_passing, told
+from ziphius.checkpoint.hub_errors import Asked, is_passing, model_error
 from ziphius.errors import DownloadError
 
 _CHUNK = 1 << 20
@@ -106,7 +106,7 @@ class Downloader:
                 token=self._token or False,
             )
         except httpx2.HTTPError as e:
-            raise told(e, self._asked) from e
+            raise model_error(e, self._asked) from e
         except LocalEntryNotFoundError as e:
             raise DownloadError(f"{name}: the connection to {self._asked.endpoint} was lost") from e
 
@@ -158,7 +158,7 @@ class Downloader:
                     part.write(chunk)
         except httpx2.HTTPError as e:
             if not is_passing(e):
-                raise told(e, asked) from e
+                raise model_error(e, asked) from e
             raise _interrupted(e) from e
         if part.size < file.size:
             raise _Interrupted("the answer ended early")

@@ -39,7 +39,7 @@ def is_passing(error: httpx2.HTTPError) -> bool:
     return isinstance(error, httpx2.TransportError)
 
 
-def told(error: httpx2.HTTPError, asked: Asked) -> ModelError:
+def model_error(error: httpx2.HTTPError, asked: Asked) -> ModelError:
     """ModelNotFound for what the hub does not have, DownloadError for the rest."""
     model, endpoint = asked.model_id, asked.endpoint
     if isinstance(error, HfHubHTTPError):

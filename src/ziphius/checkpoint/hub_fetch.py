@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.checkpoint.hub_cache import INDEX_FILE, HubCache, small_files, weight_files
 from ziphius.checkpoint.hub_download import Downloader, RemoteFile, bring_all
-from ziphius.checkpoint.hub_errors import Asked, disk_error, is_passing, told
+from ziphius.checkpoint.hub_errors import Asked, disk_error, is_passing, model_error
 from ziphius.checkpoint.hub_settings import ConfigCheck, HubSettings, Report, Snapshot
 from ziphius.checkpoint.rate import RateMeter, size_words
 from ziphius.errors import CheckpointError, DownloadError, ModelError, ModelNotFound
@@ -45,9 +45,9 @@ def fetch_missing(
         commit, files = _list(asked, settings.token)
     except httpx2.HTTPError as e:
         if fallback is not None and is_passing(e):
-            _log.warning("%s; using commit %s from the cache", told(e, asked).message, fallback.commit)
+            _log.warning("%s; using commit %s from the cache", model_error(e, asked).message, fallback.commit)
             return fallback
-        raise told(e, asked) from e
+        raise model_error(e, asked) from e
     _log.info("%s: revision %s is commit %s", asked.model_id, revision, commit)
     try:
         return _Fetch(asked, commit, files, cache, settings, on_progress).run(weights, check)

@@ -1,4 +1,4 @@
-"""The verbs `image build` and `image info`: they parse, call and print; `register` adds them to the application."""
+"""The verbs `image build` and `image info`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from ziphius.launchers.image import DEFAULT_SOURCE, ImageRecord
 
 _IMAGE = Path("sglang.sif")
 
-
-def register(app: typer.Typer) -> None:
-    """Add the group `image` to the command line."""
-    group = typer.Typer(
-        help="Build and look at an Apptainer image of SGLang.", no_args_is_help=True, rich_markup_mode=None
-    )
-    group.command()(build)
-    group.command()(info)
-    app.add_typer(group, name="image")
+image = typer.Typer(
+    name="image",
+    help="Build and look at an Apptainer image of SGLang.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
 
 
+@image.command()
 def build(
     from_: Annotated[
         str,
@@ -47,6 +46,7 @@ def build(
     print_json(record) if json else _print(target, record)
 
 
+@image.command()
 def info(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The image.", show_default=False)] = _IMAGE,
     json: Json = False,

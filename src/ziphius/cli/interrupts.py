@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as an exception, for a verb that must clean up; it ends no process itself."""
+"""Ctrl-C and SIGTERM as an exception, for a verb that must clean up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def interrupts_once() -> Iterator[None]:
-    """SIGTERM and Ctrl-C interrupt the block; later ones are ignored, so that it can clean up in peace."""
+    """The first SIGTERM or Ctrl-C interrupts the block. Later ones are ignored, so that it can clean up."""
 
     def interrupt(number: int, _: object) -> None:
         for handled in (signal.SIGINT, signal.SIGTERM):

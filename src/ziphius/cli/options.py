@@ -1,4 +1,4 @@
-"""Command-line options made from ServeConfig's declarations; it checks no value, `config.resolve` does."""
+"""Command-line options made from ServeConfig's declarations. `config.resolve` checks their values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import Field
+from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,33 +31,41 @@ ConfigFile = Annotated[
 Verb = Callable[..., None]
 
 
-def takes_options(verb: Verb) -> Verb:
-    """Add an option for each field of ServeConfig; the verb receives them together, as `flags`.
+@dataclass(frozen=True, slots=True)
+class VerbWithOptions:
+    """A verb that takes an option for each field of ServeConfig and receives them together, as `flags`.
 
     A flag that was not given is None. Values stay text: they are converted and checked in one place, for
-    flags, environment and file alike.
+    flags, environment and file alike. The options are made only when this verb runs.
     """
-    return _with_options(verb, show_defaults=True)
+
+    run: Verb
+    show_defaults: bool
+
+    def with_signature(self) -> Verb:
+        """The verb as a function with a parameter for each option, which is what typer reads."""
+        verb, options = self.run, option_fields()
+
+        @functools.wraps(verb)
+        def command(**given: Any) -> None:
+            flags = {option.name: given.pop(option.name) for option in options}
+            verb(flags=flags, **given)
+
+        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "flags"]
+        parameters = [*own, *(_parameter(option, self.show_defaults) for option in options)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
 
 
-def takes_changes(verb: Verb) -> Verb:
-    """As `takes_options`, for a verb where a flag not given changes nothing, so that no default is told."""
-    return _with_options(verb, show_defaults=False)
+def takes_options(verb: Verb) -> VerbWithOptions:
+    """Add the options of ServeConfig, with their defaults in the help."""
+    return VerbWithOptions(verb, show_defaults=True)
 
 
-def _with_options(verb: Verb, show_defaults: bool) -> Verb:
-    names = [option.name for option in option_fields()]
-
-    @functools.wraps(verb)
-    def command(**given: Any) -> None:
-        flags = {name: given.pop(name) for name in names}
-        verb(flags=flags, **given)
-
-    own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "flags"]
-    parameters = [*own, *(_parameter(option, show_defaults) for option in option_fields())]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
+def takes_changes(verb: Verb) -> VerbWithOptions:
+    """Add the options of ServeConfig to a verb for which a flag that was not given changes nothing."""
+    return VerbWithOptions(verb, show_defaults=False)
 
 
 def _parameter(option: Field[Any], show_default: bool) -> inspect.Parameter:
@@ -88,7 +96,7 @@ Force = Annotated[bool, typer.Option("--force", help="Start though the plan says
 
 
 def with_engine_arguments(flags: dict[str, Any], words: list[str] | None) -> dict[str, Any]:
-    """`flags` with what stood after `--` behind what --engine-args says."""
+    """`flags` with the words after `--` appended to the value of --engine-args."""
     if not words:
         return flags
     if "--" not in sys.argv:
@@ -98,7 +106,7 @@ def with_engine_arguments(flags: dict[str, Any], words: list[str] | None) -> dic
 
 
 def resolved_from(flags: dict[str, Any], config_file: Path | None) -> Resolved:
-    """Flags over environment over `config_file` (else the usual file, where there is one) over defaults."""
+    """Flags come before the environment, then `config_file` (or the usual file if it exists), then defaults."""
     file = config_file if config_file is not None else default_config_file(os.environ)
     return resolve(flags, os.environ, file)
 

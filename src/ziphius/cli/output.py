@@ -1,4 +1,4 @@
-"""How results and progress look in a terminal; it decides nothing and asks nobody."""
+"""How results and progress look in a terminal."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:  # rich takes long to import, and most verbs do without
 
     from ziphius.ipc.messages import LoadProgress
     from ziphius.manager.manager import Started
-    from ziphius.manager.status import Status
+    from ziphius.manager.status import InstanceStatus
 
 _MASK = "********"
 
 
 def note(text: str) -> None:
-    """For the person at the terminal; stdout stays for results."""
+    """Print to stderr, for the person at the terminal. stdout is for results only."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
     return f"{total} s"
 
 
-def print_status(status: Status) -> None:
+def print_status(status: InstanceStatus) -> None:
     reason = f": {status.reason}" if status.reason else ""
     print(f"{status.name} is {status.state}{reason}")
     rows = [("model", status.model), ("url", status.url), ("pid", status.pid)]
@@ -72,7 +72,7 @@ def print_status(status: Status) -> None:
             print(f"  {label:<9} {value}")
 
 
-def print_statuses(statuses: Iterable[Status]) -> None:
+def print_statuses(statuses: Iterable[InstanceStatus]) -> None:
     rows = [("NAME", "STATE", "URL", "MODEL")]
     rows += [(s.name, s.state.value, s.url or "-", s.model or "-") for s in statuses]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -81,7 +81,7 @@ def print_statuses(statuses: Iterable[Status]) -> None:
 
 
 def print_started(started: Started, config: ServeConfig) -> None:
-    """`config`: what was started."""
+    """`config`: the settings that were started."""
     status = started.status
     if config.node_rank > 0:
         print(f"{status.name} runs, as machine {config.node_rank} of {config.nnodes}: the API is machine 0's")
@@ -184,7 +184,7 @@ class PhaseBars:
             self._phase = progress.phase
             self._task = self._bars.add_task("", total=None)
         assert self._task is not None
-        # A total that is reached would stop the phase's clock, though it may go on.
+        # A bar that reaches its total stops its clock, but the phase may go on.
         total = progress.total + 1 if progress.total else None
         self._bars.update(self._task, description=describe(progress), completed=progress.done, total=total)
 

@@ -1,4 +1,4 @@
-"""The verbs `plan` and `doctor`: they parse, call the planner and print; `register` adds them to the application."""
+"""The verbs `plan` and `doctor`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 _BAD_INPUT = 2
 
 
-def register(app: typer.Typer) -> None:
-    """Add `plan` and `doctor` to the command line."""
-    app.command()(plan)
-    app.command()(doctor)
-
-
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a config.json or a .gguf file.")],
     gpu: Annotated[str | None, typer.Option(metavar="TEXT", help="Plan for these, as 4xH200 or 2xH100,2xL40S.")] = None,
@@ -44,7 +38,10 @@ def plan(
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the plan into an SVG file.")] = None,
     json: Json = False,
 ) -> None:
-    """Say what fits and why, before anything is started. Exit status: 0 fits, 1 does not, 2 bad input."""
+    """Say what fits and why, before anything is started.
+
+    Exit status: 0 something fits that this version can run, 1 nothing does, 2 bad input.
+    """
     from ziphius.planner.plan import PlanRequest
 
     request: dict[str, Any] = {
@@ -59,18 +56,20 @@ def plan(
         if svg is not None:
             _write_svg(made, svg)
     except (ConfigError, ModelError) as e:
-        # Whatever was wrong with the question: 1 is the answer "it does not fit".
+        # Every error in the question has status 2, because 1 is the answer "it does not fit".
         print(f"ziphius: {e.message}", file=sys.stderr)
         raise typer.Exit(_BAD_INPUT) from None
     if json:
         from ziphius.cli.output import print_json
 
         print_json(made)
+        if made.fits and made.recommendation is None:  # the screen of `print_plan` says so too
+            print("ziphius: it fits, but this version of Ziphius cannot run what fits", file=sys.stderr)
     else:
         from ziphius.cli.plan_output import print_plan
 
         print_plan(made)
-    raise typer.Exit(0 if made.fits else 1)
+    raise typer.Exit(0 if made.recommendation is not None else 1)
 
 
 def _one_of(option: str, value: str | None, choices: tuple[str, ...]) -> str | None:

@@ -1,4 +1,4 @@
-"""How a plan looks in a terminal: one screen of 100 columns, or of 80 where there are no more; it decides nothing."""
+"""How a plan looks in a terminal: one screen, 100 columns wide or as wide as the terminal if that is less."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CELL, _BEFORE_CELLS, _BESIDE_BAR = 27, 13, 22
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
-    # In a pipe there is no width to keep to.
+    # In a pipe no width has to be kept.
     known = console.is_terminal or "COLUMNS" in os.environ
     width = max(_NARROWEST, min(_WIDEST, console.width)) if known else _WIDEST
     for line in plan_lines(plan, width):
@@ -43,7 +43,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def plan_lines(plan: Plan, width: int = _WIDEST) -> Iterable[Text]:
-    """The screen. Only commands may be longer than `width`: a broken path could not be copied."""
+    """The lines of the screen. Only a command may be longer than `width`, so that its paths can be copied."""
     yield from _head(plan, width)
     yield Text("")
     yield from _table(plan, width)
@@ -135,7 +135,7 @@ def _cell(c: Candidate | None, room: int) -> Text:
 
 
 def _fitting(c: Candidate) -> list[str]:
-    """What fits, in words for a wide cell and for a narrow one."""
+    """The text of a cell for what fits: first for a wide cell, then for a narrow one."""
     loaded, cache, tokens = f"{c.loaded_bytes / GIB:.1f}", f"{c.kv_bytes / GIB:.1f}", _short(c.kv_tokens)
     if c.missing_gpus:
         return [f"{loaded}, {tokens} (+{c.missing_gpus} GPU{'s' * (c.missing_gpus > 1)})",
@@ -154,7 +154,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _why(plan: Plan, width: int) -> Iterable[Text]:
-    """One line for each size that the GPUs which are there allow: what fits in it, and what does not, and why."""
+    """One line for each tensor-parallel size that the GPUs here allow: what fits, what does not, and why."""
     there = max(1, len([g for g in plan.host.gpus if not g.mig]))
     for tp in sorted({c.tp for c in plan.candidates}, reverse=True):
         if tp <= there or plan.request.tp is not None:
@@ -288,7 +288,7 @@ def _verdict(plan: Plan, width: int) -> Iterable[Text]:
 
 
 def _command(command: str, width: int) -> Iterable[Text]:
-    # Quoted arguments must stay whole; those are rare, and a long line does no harm.
+    # A quoted argument must not be broken. It is rare, and a long line does no harm.
     words = [command] if "'" in command else command.split()
     yield from (Text("  " + line, style="bold") for line in wrapped(words, width - 2, " \\"))
 

@@ -1,4 +1,4 @@
-"""The verb `slurm`: it parses, calls and prints; `register` adds it to the application."""
+"""The verb `slurm`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ziphius.cli.options import ConfigFile, EngineArguments, Json, resolved_from, takes_options, with_engine_arguments
-
-
-def register(app: typer.Typer) -> None:
-    """Add `slurm` to the command line."""
-    app.command()(slurm)
 
 
 @takes_options

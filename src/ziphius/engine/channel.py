@@ -1,4 +1,4 @@
-"""What the engine talks to: the frontend's channel, or queues in the same process; it reads no message."""
+"""The engine's channel: to the frontend, or queues in the same process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Channel(Protocol):
     def send(self, message: FromEngine) -> None: ...
 
     def receive(self, timeout_s: float | None) -> list[ToEngine]:
-        """All messages that are there; waits up to `timeout_s` for the first (None: for ever, 0: not at all)."""
+        """All messages that have arrived. Waits up to `timeout_s` for the first one (None: for ever, 0: not at all)."""
 
 
 class MemoryChannel:

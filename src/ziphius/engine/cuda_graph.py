@@ -1,9 +1,9 @@
-"""DecodeGraphs: decode steps captured once for each batch size and replayed; it schedules and samples nothing else.
+"""DecodeGraphs: decode steps, captured once for each batch size and then replayed.
 
-One replay is a whole step: the integers of the step are laid out, the model runs, the best token of each row is
-chosen and put where the next step reads it. So the host may launch step n + 1 before it has seen step n, with one
-copy and one launch. A batch between two sizes is padded: the extra rows repeat the first one, so that they wake no
-expert which is not awake already, write into the scratch page, and their tokens go to the padding row.
+One replay is a whole step: the integers of the step are unpacked, the model runs, the best token of each row
+is chosen and stored where the next step reads it. So the host may launch step n + 1 before it has seen the result of
+step n, with one copy and one launch. A batch between two sizes is padded. The extra rows repeat the first row, so that
+no expert runs only for them. They write into the scratch page, and their tokens go to the padding row.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ziphius.attention.batch import ForwardBatch
 from ziphius.engine.row_table import DecodePlan
 from ziphius.kernels.gpu.argmax import argmax_into
 from ziphius.kernels.gpu.decode_batch import HEADER, DecodeTensors, pack, unpack
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.models.causal_lm import CausalLM
 
 _STAGES = 4
-"""Pinned buffers in turn: with one step in flight, a buffer's copy is long done when its turn comes again."""
+"""Pinned buffers that are used in turn. With one step in flight, a buffer's copy is done long before its next turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class _Graph:
 
 @dataclass(frozen=True, slots=True)
 class DecodeOutput:
-    """Of one step's rows; valid until the next replay."""
+    """The results for one step's rows. They are valid until the next replay."""
 
     logits: Tensor
     """[n, vocab] float32."""
@@ -48,13 +48,13 @@ class DecodeOutput:
 
 
 def graph_sizes(largest: int) -> list[int]:
-    """Batch sizes to capture: dense where padding would cost most, up to `largest`."""
+    """Batch sizes to capture, up to `largest`. They are close together where padding would cost most."""
     sizes = [1, 2, 4, *range(8, 33, 4), *range(40, 65, 8), *range(80, 257, 16), *range(288, 1 << 16, 32)]
     return [size for size in sizes if size < largest] + [largest]
 
 
 class DecodeGraphs:
-    """Graphs of one model and pool on one device. `last_token` is the row table's, its last row is for padding."""
+    """Graphs of one model and pool on one device. `last_token` is the row table's; its last row is for padding."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class DecodeGraphs:
         self._pool = pool
         self._attention = attention
         self._last_token = last_token
-        self._gpu = Gpu.of(device)
+        self._gpu = GpuDevice.of(device)
         self._largest = largest
         self._graphs: dict[int, _Graph] = {}
         self._sizes: list[int] = []
@@ -80,13 +80,13 @@ class DecodeGraphs:
         self._staging = [torch.zeros(length, dtype=torch.int32, pin_memory=pinned) for _ in range(_STAGES)]
         self._turn = 0
         self._tensors = DecodeTensors.empty(largest, max_pages, device)
-        # One for all graphs: of 128 rows' graphs each with its own they would take 300 MB, of 1024 rows' 7 GB.
+        # Shared by all graphs. With its own in each graph they would take 300 MB for 128 rows, and 7 GB for 1024 rows.
         self._logits = torch.empty((largest, model.config.vocab_size), dtype=torch.float32, device=device)
 
     @torch.inference_mode()
     def capture(self, sizes: Sequence[int], on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture graphs for `sizes`, the largest first: smaller ones then find room in its memory."""
-        # One row, which is nobody's: everything it writes goes into the scratch page and the padding row.
+        """Capture graphs for `sizes`, the largest first, so that the smaller ones reuse its memory."""
+        # A row that belongs to no request: all that it writes goes into the scratch page and the padding row.
         scratch = self._pool.scratch_page
         row = len(self._last_token) - 1
         harmless = np.array([1, 1, row, 0, scratch * self._pool.page_size, scratch], dtype=np.int32)
@@ -98,10 +98,10 @@ class DecodeGraphs:
             self._attention.prepare(batch)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._step(batch)  # Compiles kernels and lets libraries make their workspaces.
+                self._step(batch)  # This compiles kernels and lets libraries allocate their workspaces.
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # What other threads do meanwhile (NCCL's watchdog asks for its events) is no part of the graph.
+            # What other threads do meanwhile (NCCL's watchdog queries its events) is not captured.
             with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                 logits, tokens = self._step(batch)
             self._graphs[size] = _Graph(graph, logits, tokens)
@@ -114,7 +114,7 @@ class DecodeGraphs:
         self.capture(graph_sizes(self._largest), on_progress)
 
     def release(self) -> None:
-        """Destroy the graphs, once the last replay has ended; none is taken any more.
+        """Destroy the graphs after the last replay has ended. No graph is used any more.
 
         NCCL ends a communicator only when no graph that was captured with it is left, and waits for that for ever
         (pytorch/pytorch#115388).

@@ -1,4 +1,4 @@
-"""DeferredRunner: a step runs when its result is asked for, so that the next one's batch is on its way by then."""
+"""DeferredRunner: a step runs when its result is asked for. By then the next step's batch has been sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class DeferredStep:
     batch: ScheduledBatch
 
     def result(self) -> StepResult:
-        """Run it. Results must be asked for in the order of the steps."""
+        """Run the step. Results must be asked for in the order of the steps."""
         return self.runner.run(self.batch).result()
 
 
@@ -24,7 +24,7 @@ class DeferredRunner:
     """For a CPU, where `runner.run` returns when the step is done.
 
     Under an engine with overlap, step n + 1 is scheduled and sent to the other ranks before step n runs here, so none
-    of them waits for it after step n. A GPU needs no such thing: there `run` returns at once.
+    of them waits for it after step n. A GPU does not need this, because there `run` returns at once.
     """
 
     runner: Runner

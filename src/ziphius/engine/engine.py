@@ -1,4 +1,4 @@
-"""Engine: rank 0's loop between the channel, the scheduler and the runner; it computes nothing and owns no page."""
+"""Engine: rank 0's loop between the channel, the scheduler and the runner."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _log = logging.getLogger(__name__)
 
 _STATS_INTERVAL_S = 0.25
 _STUCK_WAIT_S = 0.02
-"""Pause where there is work but nothing can be scheduled: a message may change that."""
+"""Pause when there is work but nothing can be scheduled. A message may change that."""
 
 
 class Step(Protocol):
     """A step that was launched."""
 
     def result(self) -> StepResult:
-        """Wait for it and read it; raises what the step raised."""
+        """Wait for the result and return it. Raises what the step raised."""
 
 
 class Runner(Protocol):
@@ -53,15 +53,15 @@ class _InFlight:
 
 
 def no_ranks(batch: ScheduledBatch) -> None:
-    """There are no other ranks to tell."""
+    """The broadcast of a single rank, which has nobody to send to."""
 
 
 class Engine:
-    """Messages in, steps through, outputs back. One thread.
+    """Takes messages, runs steps and sends outputs. For one thread.
 
     With `overlap`, step n + 1 is scheduled and launched before the result of step n is read, so that a GPU has work
-    while the host reads and schedules. `broadcast` gets each batch before it runs, for the ranks > 0; with them
-    (`alone` False) a step that fails ends the engine, because they are somewhere in the middle of it.
+    while the host reads and schedules. `broadcast` gets each batch before it runs, for the ranks > 0; when
+    there are any (`alone` False), a step that fails ends the engine, because they are in the middle of that step.
     """
 
     def __init__(
@@ -93,13 +93,13 @@ class Engine:
         return not self._scheduler.has_work
 
     def run(self) -> None:
-        """Until Shutdown. EngineFailed when steps keep failing, after the requests of the last one were answered."""
+        """Run until Shutdown. EngineFailed when steps keep failing, after the last one's requests were answered."""
         while not self._stopping:
             self.turn(wait=True)
         self._abort_all()
 
     def turn(self, wait: bool = False) -> None:
-        """Take the messages that are there, then one step. With `wait`, idleness waits for the next message."""
+        """Read the messages that have arrived, then do one step. With `wait`, an idle engine waits for a message."""
         for message in self._channel.receive(self._patience() if wait else 0):
             self._handle(message)
         self._send(self._scheduler.take_outputs())
@@ -119,7 +119,7 @@ class Engine:
         return _STUCK_WAIT_S if self._stuck else 0
 
     def _handle(self, message: ToEngine) -> None:
-        self._told_idle = False  # It may change the gauges without a step.
+        self._told_idle = False  # The message may change the gauges without a step.
         if isinstance(message, AddRequest):
             self._scheduler.add(message)
         elif isinstance(message, AbortRequest):
@@ -138,7 +138,7 @@ class Engine:
             raise
         except Exception as error:  # noqa: BLE001 - becomes each request's `error`, or an EngineFailed
             _log.exception("step %d failed", batch.step)
-            # Steps end in order: the one before may be fine.
+            # Steps end in order, and the one before may have succeeded.
             while self._in_flight:
                 self._finish_step()
             self._fail(batch, error)
@@ -150,7 +150,7 @@ class Engine:
         try:
             result = flight.step.result()
         except RankLost:
-            raise  # the requests' answer is for whoever knows which rank is gone
+            raise  # the frontend knows which rank is gone, and answers the requests
         except Exception as error:  # noqa: BLE001 - becomes each request's `error`, or an EngineFailed
             _log.exception("step %d failed", flight.batch.step)
             self._fail(flight.batch, error)

@@ -1,4 +1,4 @@
-"""Follower: the loop of a rank > 0: it runs every batch of rank 0, in order, and decides nothing."""
+"""Follower: the loop of a rank > 0, which runs every batch of rank 0 in order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ziphius.ipc.messages import ScheduledBatch, Shutdown
 
 
 class Follower:
-    """`receive` gives rank 0's next word and waits for it."""
+    """`receive` waits for rank 0's next message and returns it."""
 
     def __init__(self, runner: Runner, receive: Callable[[], ScheduledBatch | Shutdown]) -> None:
         self._runner = runner
@@ -18,7 +18,7 @@ class Follower:
         """Whether a batch was received whose step this rank has not launched."""
 
     def run(self) -> None:
-        """Until Shutdown. Raises what a step raised: this rank is out of step with the others then."""
+        """Run until Shutdown. Raises what a step raised, because this rank has then lost the others."""
         launched: Step | None = None
         while isinstance(batch := self._receive(), ScheduledBatch):
             self.busy = True

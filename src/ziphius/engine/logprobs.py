@@ -1,8 +1,8 @@
-"""Log-probabilities of tokens: tensors on the device, and the messages made of them; it chooses no token.
+"""Log-probabilities of tokens: tensors on the device, and the messages made of them.
 
 They are those of the model itself: log_softmax of its raw logits, before penalties, logit bias and temperature
 (vLLM's default too). So a number says how likely the model found a token, whatever the caller's sampling was,
-and a prompt's tokens and an answer's are told alike. At temperature 1, and at 0, SGLang reports the same; at
+and it means the same for a prompt's tokens and an answer's. At temperature 1, and at 0, SGLang reports the same; at
 other temperatures it divides by the temperature first.
 """
 
@@ -18,7 +18,7 @@ from ziphius.ipc.messages import TokenLogprob
 
 @dataclass(slots=True)
 class LogprobTensors:
-    """Of n positions; `top_*` hold the k most likely tokens, best first."""
+    """Log-probabilities at n positions. `top_*` hold the k most likely tokens, best first."""
 
     chosen: Tensor
     """[n] float32."""
@@ -30,7 +30,7 @@ class LogprobTensors:
     """[n, k] int64."""
 
     def to_messages(self, top_counts: list[int]) -> list[TokenLogprob]:
-        """One message a position, with `top_counts[i]` alternatives for position i."""
+        """One message for each position, with `top_counts[i]` alternatives for position i."""
         chosen, token_ids = self.chosen.tolist(), self.token_ids.tolist()
         values, ids = self.top_values.tolist(), self.top_ids.tolist()
         return [
@@ -42,7 +42,7 @@ class LogprobTensors:
 
 
 def compute_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> LogprobTensors:
-    """`logits` [n, vocab] float32, raw; `token_ids` [n] int64 the tokens asked about."""
+    """`logits` [n, vocab] float32, raw; `token_ids` [n] int64, the tokens whose probability is wanted."""
     normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
     chosen = logits.gather(1, token_ids.unsqueeze(1)) - normalizer
     num_top = min(num_top, logits.shape[1])

@@ -1,4 +1,4 @@
-"""ModelRunner: one rank's ScheduledBatch -> model -> tokens; it decides nothing about what runs."""
+"""ModelRunner: one rank's ScheduledBatch goes through the model and becomes tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ziphius.engine.cuda_graph import DecodeGraphs
 
 _LOGIT_ROWS = 64
-"""Prompt positions whose logits are in memory at once."""
+"""The most prompt positions whose logits are in memory at once."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class _ScoredChunk:
 
 
 class StepHandle:
-    """A step that was launched. On a GPU it may still run; its results are on their way to the host."""
+    """A step that was launched. On a GPU it may still run, and its results may still be on the way to the host."""
 
     def __init__(
         self, rows: np.ndarray, sampled: SampledTokens | None, scored: list[_ScoredChunk], on_cuda: bool
@@ -54,7 +54,7 @@ class StepHandle:
         self._event.record()
 
     def result(self) -> StepResult:
-        """Wait for the step and read it. Raises what the device raised."""
+        """Wait for the step and return its result. Raises what the device raised."""
         if self._event is not None:
             self._event.synchronize()
         return StepResult(sampled=self._read_sampled(), prompt_logprobs=self._read_scored())

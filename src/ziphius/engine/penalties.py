@@ -1,4 +1,4 @@
-"""LogitAdjuster: penalties, logit bias and held-back end tokens, row by row; it samples nothing.
+"""LogitAdjuster: penalties, logit bias and forbidden end tokens, row by row.
 
 Applied to the raw logits in this order, each only to the rows that ask for it:
 1. repetition_penalty r over prompt and generated tokens: x / r where x > 0, x * r where x < 0
@@ -26,14 +26,14 @@ from ziphius.ipc.messages import SamplingParams
 class _Row:
     sampling: SamplingParams
     slot: int
-    """Its line in the count tables; -1 without penalties."""
+    """The row's line in the count tables; -1 without penalties."""
     bias_ids: list[int]
     bias_values: list[float]
     end_ids: list[int]
 
 
 class LogitAdjuster:
-    """Owns the token counts of rows with penalties: on the device, because the host may not know a token yet."""
+    """Owns the token counts of rows with penalties. They are on the device, because the host may not know them yet."""
 
     def __init__(self, num_rows: int, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
         self._vocab_size = vocab_size
@@ -44,12 +44,12 @@ class LogitAdjuster:
         self._needed = np.zeros(num_rows, dtype=bool)
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self._seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self._yes = torch.ones((), dtype=torch.bool, device=device)  # A True of the host would be waited for.
+        self._yes = torch.ones((), dtype=torch.bool, device=device)  # A True from the host would make it wait.
 
     def start_row(
         self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int], sampling: SamplingParams
     ) -> None:
-        """`row` begins a request, or takes it up again after a preemption."""
+        """`row` begins a request, or continues it after a preemption."""
         penalized = (
             sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
         )
@@ -96,7 +96,7 @@ class LogitAdjuster:
         if counted:
             index, slots = upload(counted, self._device).unbind(1)
             chosen = tokens[index]
-            self._counts[slots, chosen] += 1  # A slot appears once, so nothing is lost.
+            self._counts[slots, chosen] += 1  # Each slot appears once, so no count is lost.
             self._seen.index_put_((slots, chosen), self._yes)
 
     def _penalize(self, logits: Tensor, penalized: list[tuple[int, _Row]]) -> None:

@@ -1,7 +1,7 @@
-"""RowTable: what a rank remembers of each running request, and a ScheduledBatch turned into a ForwardBatch.
+"""RowTable: what a rank remembers of each running request. It turns a ScheduledBatch into a ForwardBatch.
 
 Page tables are numpy on the host, because only the host changes them; the last sampled token is on the device,
-because the host may not know it yet. It allocates no page and chooses no token.
+because the host may not know it yet.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class PromptLogprobWork:
     targets: list[int]
     """The prompt token after each."""
     first_token: int | None
-    """The prompt's first token where the chunk holds it and it is asked for: nothing predicts it."""
+    """The prompt's first token, if it is in the chunk and its log-probability is wanted: nothing predicts it."""
     num_top: int
 
 
 @dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What to run and what to take from it."""
+class StepInput:
+    """The input of a step, and what is wanted of its output."""
 
     forward: ForwardBatch
     sample_rows: np.ndarray
-    """[n] int64: rows that get a token; theirs are the first n of `forward.sample_indices`."""
+    """[n] int64: the rows that get a token. They belong to the first n of `forward.sample_indices`."""
     prompt_logprobs: list[PromptLogprobWork]
     """Their positions follow in `forward.sample_indices`, in this order."""
 
@@ -74,20 +74,20 @@ class RowTable:
         self._num_pages = np.zeros(num_rows, dtype=np.int64)
         self._scored: dict[int, _ScoredPrompt] = {}
         self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        """[num_rows]: the token each row sampled last, written by whoever samples."""
+        """[num_rows]: the token each row sampled last, written by the code that samples."""
 
     def start(self, new: NewRow) -> None:
-        """A request takes the row; what was there before is forgotten."""
+        """Give the row to a request. What the row held before is forgotten."""
         self._num_pages[new.row] = 0
         self._append_pages(new.row, new.pages)
         self._scored.pop(new.row, None)
         sampling = new.sampling
-        # Taken up again after its prompt was done: its log-probabilities were told then.
+        # It was resumed after its prompt was computed, so its log-probabilities have been sent already.
         if sampling.prompt_logprobs_from >= 0 and not new.output_ids:
             num_top = sampling.top_logprobs if sampling.logprobs else 0
             self._scored[new.row] = _ScoredPrompt(new.prompt_ids, sampling.prompt_logprobs_from, num_top)
 
-    def plan(self, work: Sequence[RowWork]) -> StepPlan:
+    def plan(self, work: Sequence[RowWork]) -> StepInput:
         """The tensors of one step. Decode rows (no token ids) must come first in `work`."""
         for item in work:
             if item.new_pages:
@@ -120,7 +120,7 @@ class RowTable:
             page_size=self._page_size,
             sample_indices=upload(np.concatenate(wanted), self._device),
         )
-        return StepPlan(forward, rows[samples], scored)
+        return StepInput(forward, rows[samples], scored)
 
     def plan_decodes(self, work: Sequence[RowWork]) -> DecodePlan | None:
         """The integers of a step of decode rows that all get a token; None for any other step."""
@@ -136,7 +136,7 @@ class RowTable:
         return DecodePlan(rows, positions, slots, self._pages[rows, : int(page.max()) + 1])
 
     def store(self, rows: np.ndarray, tokens: Tensor) -> None:
-        """`tokens` [n] int64 were sampled for `rows` [n]."""
+        """Take in that `tokens` [n] int64 were sampled for `rows` [n]."""
         self.last_token[upload(rows, self._device)] = tokens
 
     def _append_pages(self, row: int, pages: list[int]) -> None:
@@ -158,7 +158,7 @@ class RowTable:
             if scored is None or not item.token_ids:
                 continue
             prompt_ids = scored.prompt_ids
-            # The hidden state at position p tells of the prompt token at p + 1.
+            # The hidden state at position p predicts the prompt token at p + 1.
             first = max(item.position, scored.first - 1)
             end = max(first, min(item.position + len(item.token_ids), len(prompt_ids) - 1))
             first_token = prompt_ids[0] if item.position == 0 and scored.first == 0 else None

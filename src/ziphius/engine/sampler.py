@@ -1,12 +1,12 @@
-"""Sampler: logits in, one token a row out; it owns each row's sampling parameters and runs no model.
+"""Sampler: it chooses one token for each row of logits, and owns each row's sampling parameters.
 
 A row's token depends on its logits, its parameters, its seed and how many tokens it has generated, and on nothing
 else in the batch: the random number is a counter-based hash of (seed, output index), and every row goes through
-operations that treat rows apart. So a preempted request repeats its own choices.
+operations that treat each row separately. So a preempted request repeats its own choices.
 
 temperature scales first. top_k, top_p and min_p are then each judged on that distribution, and a token must pass
-all three (as in SGLang): it is among the top_k; the likelier ones hold less than top_p together; it has at least min_p
-times the best one's probability. Tokens exactly as likely as the last one that passes, pass too.
+all three (as in SGLang): it is among the top_k; all likelier tokens together have less than top_p; it has at least
+min_p times the best token's probability. Tokens exactly as likely as the last one that passes also pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ziphius.engine.transfer import upload
 from ziphius.ipc.messages import SamplingParams
 
 _GREEDY_BELOW = 1e-6
-"""Temperatures below this are 0: dividing by them would leave one token anyway."""
+"""Temperatures below this count as 0: a division by them would leave only one token."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class SampledTokens:
     tokens: Tensor
     """[n] int64."""
     logprobs: LogprobTensors | None
-    """Of the positions in `logprobs_of`."""
+    """The log-probabilities at the positions in `logprobs_of`."""
     logprobs_of: list[int]
     """Which of the n want log-probabilities."""
     top_counts: list[int]
@@ -62,7 +62,7 @@ class Sampler:
     def start_row(
         self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int], sampling: SamplingParams
     ) -> None:
-        """`row` begins a request, or takes it up again with what it had generated before a preemption."""
+        """`row` begins a request, or continues it with what it had generated before a preemption."""
         top_k = sampling.top_k if 0 < sampling.top_k < self._vocab_size else self._vocab_size
         self._generated[row] = len(output_ids)
         self._seed[row] = sampling.seed & 0xFFFF_FFFF_FFFF_FFFF
@@ -99,7 +99,7 @@ class Sampler:
         return SampledTokens(tokens, logprobs, logprobs_of, top_counts)
 
     def takes_best(self, rows: np.ndarray) -> bool:
-        """Whether each of `rows` [n] just gets its best token, and nobody asks for more."""
+        """Whether each of `rows` [n] only needs its best token, and nothing else."""
         return (
             bool(self._greedy[rows].all())
             and not self._adjuster.needed(rows)
@@ -107,11 +107,11 @@ class Sampler:
         )
 
     def took_best(self, rows: np.ndarray) -> None:
-        """`rows` [n], for which `takes_best`, got their best tokens without `sample`."""
+        """Take in that `rows` [n], for which `takes_best` is true, got their best tokens without `sample`."""
         self._generated[rows] += 1
 
     def _choose(self, logits: Tensor, rows: np.ndarray) -> Tensor:
-        """Each kind of row apart: most need no sorting."""
+        """Sample each kind of row separately, because most rows need no sorting."""
         greedy, filtered = self._greedy[rows], self._filtered[rows]
         if greedy.all():
             return argmax(logits)
@@ -153,17 +153,17 @@ class Draw:
     min_p: Tensor
     """float32, from 0 to 1."""
     any_filter: bool
-    """Whether some row has a top_k or top_p that does not let everything pass."""
+    """Whether some row has a top_k or top_p that excludes tokens."""
     any_min_p: bool
 
 
 def uniform(seeds: NDArray[np.uint64], counters: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[n] float64 in [0, 1): number `counters` [n] of the SplitMix64 stream (Steele et al. 2014) of each seed [n].
+    """[n] float64 in [0, 1): the number at `counters` [n] in each seed's [n] SplitMix64 stream (Steele et al. 2014).
 
     The seed is mixed first, so that neighbouring seeds do not give shifted copies of one stream.
     """
     state = _mix64(seeds) + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    # 32 bits: more would round to 1.0 times the total in the search for the token.
+    # 32 bits: with more the number could round to 1.0 in the search for the token.
     return (_mix64(state) >> np.uint64(32)).astype(np.float64) * 2.0**-32
 
 
@@ -182,7 +182,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 def sample(logits: Tensor, draw: Draw) -> Tensor:
     """Draw a token for each row of `logits` [n, vocab] float32 -> [n] int64."""
-    # Each token's probability over the best one's.
+    # Each token's probability divided by the best one's.
     weights = (logits - logits.amax(dim=-1, keepdim=True)).div_(draw.temperature).exp_()
     least = torch.maximum(draw.min_p, _least_weight(weights, draw)) if draw.any_filter else draw.min_p
     if draw.any_filter or draw.any_min_p:
@@ -193,13 +193,13 @@ def sample(logits: Tensor, draw: Draw) -> Tensor:
 
 
 def _least_weight(weights: Tensor, draw: Draw) -> Tensor:
-    """What a token must weigh to be among the top_k and in the nucleus of top_p; equals stay in. [n, 1] float32."""
+    """The least weight that is among the top_k and in the nucleus of top_p; equal tokens stay. [n, 1] float32."""
     if weights.device.type == "cpu":
         rising = torch.from_numpy(np.sort(weights.numpy(), axis=-1))  # Twenty times as fast as torch's here.
     else:
         rising = weights.sort(dim=-1).values
     mass = rising.cumsum(dim=-1, dtype=torch.float64)
-    # The likelier ones hold less than top_p together where this one and the less likely hold more than the rest.
+    # All likelier tokens have less than top_p if this token and all less likely ones have more than the rest.
     first_in_nucleus = torch.searchsorted(mass, (1.0 - draw.top_p) * mass[:, -1:], right=True)
     first = torch.maximum(first_in_nucleus, weights.shape[1] - draw.top_k.long())
     return rising.gather(1, first.clamp_(max=weights.shape[1] - 1))

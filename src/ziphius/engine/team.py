@@ -1,4 +1,4 @@
-"""Team: one rank among the others: its collectives and the batches' way; it computes nothing and starts no process."""
+"""Team: one rank among the others: its collectives, and how batches get from rank 0 to it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _BATCHES_KEY = "batches"
 
 @dataclass(slots=True)
 class Team:
-    """With one rank there is nobody to tell and nobody to hear."""
+    """The team of a single rank: there is nobody to send to or to receive from."""
 
     parallel: ParallelState = SINGLE
     ranks_here: int = 1
-    """On this machine; they share its main memory."""
+    """How many ranks are on this machine and share its main memory."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where the collectives run."""
     sender: BatchSender | None = None
@@ -35,15 +35,15 @@ class Team:
         return self.parallel.size == 1
 
     def smallest(self, *values: int) -> list[int]:
-        """For each of `values` the least that any rank gave. Returns once every rank is here."""
+        """For each of `values` the lowest that any rank gave. Returns once every rank has called it."""
         return self.parallel.smallest(values, self.device)
 
     def meet(self) -> None:
-        """Return once every rank is here."""
+        """Return once every rank has called it."""
         self.smallest(0)
 
     def broadcast(self, content: ScheduledBatch | Shutdown) -> None:
-        """rank 0: tell the others, without waiting for them. They must all be listening by the first time."""
+        """rank 0: send to the others, without waiting for them. All must be listening at the first call."""
         if self.sender is None:
             return
         if self._missing:
@@ -52,16 +52,16 @@ class Team:
         self.sender.send(content)
 
     def receive(self) -> ScheduledBatch | Shutdown:
-        """Ranks > 0: what rank 0 says next; waits for it."""
+        """Ranks > 0: wait for rank 0's next message and return it."""
         assert self.receiver is not None
         return self.receiver.receive()
 
 
 @contextmanager
 def join_team(spec: WorkerSpec, device: torch.device) -> Iterator[Team]:
-    """Be rank `spec.rank` while the block runs; waits until all ranks are there.
+    """Be rank `spec.rank` while the block runs. It first waits for all ranks.
 
-    EngineFailed when the others cannot be reached. When rank 0's block has ended well, the others are told to end.
+    EngineFailed when the others cannot be reached. When rank 0's block ends without an error, it tells the others.
     """
     size, rank = spec.config.tp, spec.rank
     ranks_here = size // spec.config.nnodes
@@ -86,7 +86,7 @@ def join_team(spec: WorkerSpec, device: torch.device) -> Iterator[Team]:
 
 
 def parse_rendezvous(text: str, listening_fd: int) -> Rendezvous:
-    """WorkerSpec.rendezvous -> Rendezvous. ConfigError when it is neither file: nor tcp://."""
+    """WorkerSpec.rendezvous -> Rendezvous. ConfigError when it begins with neither file: nor tcp://."""
     if text.startswith("file:"):
         return Rendezvous(path=text.removeprefix("file:"))
     host, colon, port = text.removeprefix("tcp://").rpartition(":")
@@ -96,7 +96,7 @@ def parse_rendezvous(text: str, listening_fd: int) -> Rendezvous:
 
 
 def select_device(spec: WorkerSpec) -> None:
-    """Make this rank's GPU the current one, where it computes on one. ConfigError when there are too few."""
+    """Make this rank's GPU the current one, if it computes on a GPU. ConfigError when there are too few GPUs."""
     if spec.config.device == "cpu" or not torch.cuda.is_available():
         return
     there, wanted = torch.cuda.device_count(), spec.config.tp // spec.config.nnodes

@@ -1,4 +1,4 @@
-"""Small arrays from the host to the device without waiting for it; it owns no buffer."""
+"""Copies of small arrays from the host to the device, and back, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def upload(values: ArrayLike, device: torch.device, dtype: Any = None) -> Tensor:
-    """`values` as a tensor on `device`; `dtype` is numpy's. On a CPU an array's own memory is used, not copied.
+    """`values` as a tensor on `device`; `dtype` is numpy's. On a CPU the tensor shares the array's memory.
 
-    torch.tensor(values, device="cuda") would wait until the device has done all its work.
+    torch.tensor(values, device="cuda") would wait until the device has finished all its work.
     """
     host = torch.from_numpy(np.asarray(values, dtype=dtype))
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def download(tensor: Tensor) -> Tensor:
-    """`tensor` on the CPU; from a GPU it is there once the work launched until now is done."""
+    """`tensor` on the CPU. From a GPU it is complete once all work launched until now is done."""
     return tensor.to("cpu", non_blocking=True)

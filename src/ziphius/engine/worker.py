@@ -1,7 +1,7 @@
-"""The entry of a rank's process: read its WorkerSpec, load, serve until told to stop; all decisions are elsewhere.
+"""The entry of a rank's process: it reads its WorkerSpec, loads, and serves until it is told to stop.
 
-It never outlives its parent: the end of stdin, or the kernel's parent-death signal, ends it at once. rank 0 talks to
-the frontend and runs the engine; the others follow it. All of them tell the frontend that they live.
+It never outlives its parent: it ends at once when stdin is closed, or by the kernel's parent-death signal. Rank 0 talks
+to the frontend and runs the engine; the others follow it. All ranks send beats to the frontend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ziphius.engine.loading import LoadedRank
     from ziphius.engine.team import Team
 
-_log = logging.getLogger("ziphius.engine.worker")  # __name__ is __main__ here, which tells nothing in a log
+_log = logging.getLogger("ziphius.engine.worker")  # __name__ is __main__ here, which says nothing in a log
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
@@ -38,7 +38,7 @@ _PROGRESS_INTERVAL_S = 0.1
 
 def main() -> int:
     """Exit codes: 0 after Shutdown, 1 after a Fatal, 2 when stdin held no WorkerSpec."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the frontend decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the frontend decides.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent()
     line, rest = _read_line(sys.stdin.fileno())
@@ -52,7 +52,7 @@ def main() -> int:
     log.configure(spec.config.log_level)
     code = _run(spec)
     if spec.config.tp > 1:
-        # Without the interpreter's own end: threads of torch.distributed that wait for a lost rank would hold it up.
+        # Skip the interpreter's own shutdown: threads of torch.distributed that wait for a lost rank would block it.
         logging.shutdown()
         os._exit(code)
     return code
@@ -67,7 +67,7 @@ def _run(spec: WorkerSpec) -> int:
         _serve(spec, channel, heart)
         return 0
     except RankLost as error:
-        _log.warning("%s", error.message)  # a consequence; the cause is the frontend's to tell
+        _log.warning("%s", error.message)  # this is a consequence, and the frontend reports the cause
         _tell(error, channel, heart)
     except ZiphiusError as error:
         _log.error("rank %d failed: %s: %s", spec.rank, type(error).__name__, error.message)
@@ -84,7 +84,7 @@ def _run(spec: WorkerSpec) -> int:
 
 
 def _tell(error: ZiphiusError, channel: EngineChannel | None, heart: Heartbeat | None) -> None:
-    """This rank's last words to the frontend."""
+    """Send this rank's last message to the frontend."""
     if channel is not None:
         channel.send(Fatal(error=type(error).__name__, message=error.message))
     if heart is not None:
@@ -94,7 +94,7 @@ def _tell(error: ZiphiusError, channel: EngineChannel | None, heart: Heartbeat |
 def _serve(spec: WorkerSpec, channel: EngineChannel | None, heart: Heartbeat | None) -> None:
     report = _Reporter(channel, heart)
     report(LoadProgress(phase=STARTING, detail="importing torch"))
-    # Imported late: the parent hears from us, and its death is noticed, before the seconds that torch takes.
+    # Imported late, because torch takes seconds: beats are sent, and the parent's death is noticed, before that.
     import torch
 
     from ziphius.engine.precision import resolve_precision
@@ -131,14 +131,14 @@ def _load(spec: WorkerSpec, report: _Reporter, team: Team) -> LoadedRank:
     home = ziphius_home(os.environ)
     kernels = kernel_cache_folder(home)
     if kernels is not None:
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(kernels))  # numba reads it when it is imported
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(kernels))  # numba reads this variable when it is imported
     checkpoint = open_checkpoint(spec.model_path, home, load_format=spec.config.load_format)
     loaded = load_rank(spec.config, checkpoint, report, team)
     if loaded.own_threads:
-        # After each parallel operation of torch its threads spin a while, on the cores that the model's need.
+        # After each parallel operation torch's threads spin for a while, on cores that the model's threads need.
         torch.set_num_threads(1)
     gc.collect()
-    gc.freeze()  # What is here now stays: collecting garbage need not look through it in the middle of a step.
+    gc.freeze()  # These objects stay for ever, so the garbage collector need not look at them in the middle of a step.
     return loaded
 
 
@@ -148,9 +148,9 @@ def _serving(heart: Heartbeat | None, busy: Callable[[], bool]) -> None:
 
 
 class _Reporter:
-    """Sends progress, but no more than a person can read: the last of a phase always gets through.
+    """Sends progress, but not more than a person can read. The last message of a phase is always sent.
 
-    rank 0's is shown; of the others, the phase travels with their beats.
+    Rank 0's progress is shown. The other ranks send their phase with their beats.
     """
 
     def __init__(self, channel: EngineChannel | None, heart: Heartbeat | None) -> None:
@@ -171,13 +171,13 @@ class _Reporter:
 
 
 def _die_with_parent() -> None:
-    """On Linux, be killed when the thread that started us ends; elsewhere the end of stdin must do."""
+    """On Linux, ask to be killed when the thread that started us ends. Elsewhere the end of stdin must suffice."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _read_line(fd: int) -> tuple[bytes, bool]:
-    """(the first line, whether stdin has ended). Unbuffered, so that the watcher sees all that follows."""
+    """Returns (the first line, whether stdin has ended). It is unbuffered, so that the watcher sees what follows."""
     line = bytearray()
     while not line.endswith(b"\n"):
         chunk = os.read(fd, 1)

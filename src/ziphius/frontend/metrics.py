@@ -46,7 +46,7 @@ class Histogram:
         return family
 
 
-class RateMeter:
+class TokenRate:
     """Events per second over the last few whole seconds."""
 
     WINDOW_S = 5
@@ -100,8 +100,8 @@ class Metrics:
     http_responses: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """By endpoint, method and status code."""
     http_active: int = 0
-    generated_rate: RateMeter = field(default_factory=RateMeter)
-    prompt_rate: RateMeter = field(default_factory=RateMeter)
+    generated_rate: TokenRate = field(default_factory=TokenRate)
+    prompt_rate: TokenRate = field(default_factory=TokenRate)
 
     @property
     def kv_tokens(self) -> int:

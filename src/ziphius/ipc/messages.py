@@ -1,4 +1,4 @@
-"""What crosses a process boundary: typed messages, integers and strings only; no behaviour and no tensors.
+"""What crosses a process boundary: typed messages that hold integers and strings, and no tensors.
 
 Frontend -> rank 0:   AddRequest, AbortRequest, FlushCache, Shutdown
 rank 0 -> frontend:   LoadProgress, Ready, StepOutput, FlushResult, EngineStats, Fatal
@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 FinishKind = Literal["stop", "length", "abort", "error"]
-"""`stop`: an end token; `length`: max_new_tokens or the context; `abort`: asked for; `error`: it failed."""
+"""`stop`: an end token; `length`: max_new_tokens or the context; `abort`: it was aborted; `error`: it failed."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     seed: int
     stop_token_ids: list[int] = []
-    """Besides the model's own end tokens."""
+    """In addition to the model's own end tokens."""
     ignore_eos: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
@@ -83,14 +83,14 @@ class Finish(msgspec.Struct, array_like=True):
 
 
 class RequestOutput(msgspec.Struct, array_like=True, kw_only=True):
-    """One request's news of one step. `finish` is set exactly once, in its last one."""
+    """What one step produced for one request. `finish` is set exactly once, in the request's last output."""
 
     rid: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] = []
     """One for each of `token_ids`, where asked for."""
     prompt_logprobs: list[TokenLogprob] = []
-    """In the first output only, where asked for."""
+    """In the first output only, when the request asks for them."""
     cached_tokens: int = 0
     """How many prompt tokens came from the prefix cache (the same in each output of a request)."""
     preemptions: int = 0
@@ -98,7 +98,7 @@ class RequestOutput(msgspec.Struct, array_like=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, tag=True, kw_only=True):
-    """Gauges of rank 0, sent with the steps but at most a few times a second, and once when it turns idle."""
+    """Gauges of rank 0, sent with the steps, at most a few times a second, and once when it becomes idle."""
 
     running: int = 0
     queued: int = 0
@@ -116,7 +116,7 @@ class EngineStats(msgspec.Struct, tag=True, kw_only=True):
 
 
 class StepOutput(msgspec.Struct, tag=True, kw_only=True):
-    """All the news of one step, in one message."""
+    """All outputs of one step, in one message."""
 
     outputs: list[RequestOutput]
 
@@ -137,7 +137,7 @@ class LoadProgress(msgspec.Struct, tag=True, kw_only=True):
 
 
 class Ready(msgspec.Struct, tag=True, kw_only=True):
-    """The first token could be generated. Numbers are measured, not predicted."""
+    """The engine is loaded and has generated a first token. The numbers are measured, not predicted."""
 
     context_length: int
     kv_tokens: int
@@ -164,14 +164,14 @@ FromEngine = LoadProgress | Ready | StepOutput | FlushResult | EngineStats | Fat
 
 
 class NewRow(msgspec.Struct, array_like=True, kw_only=True):
-    """A request takes row `row` of the ranks' request table (page table, last token, sampling state)."""
+    """A new request in row `row` of the ranks' request table (page table, last token, sampling state)."""
 
     row: int
     pages: list[int]
     """Pages already holding the row's first `cached` tokens (from the prefix cache)."""
     prompt_ids: list[int]
     output_ids: list[int]
-    """What it had generated before a preemption; [] for a new request."""
+    """What the request had generated before it was preempted; [] for a new request."""
     sampling: SamplingParams
 
 
@@ -198,22 +198,22 @@ class ScheduledBatch(msgspec.Struct, tag=True, kw_only=True):
 
 
 class RankMessage(msgspec.Struct, array_like=True):
-    """What rank 0 sends to every other rank. `sequence` counts from 0: a gap means that one was lost on the way."""
+    """What rank 0 sends to every other rank. `sequence` counts from 0: a gap means that a message was lost."""
 
     sequence: int
     content: ScheduledBatch | Shutdown
 
 
 class Beat(msgspec.Struct, tag=True, kw_only=True):
-    """A rank lives: sent by a thread of its own at short intervals, whatever the rank computes or waits for."""
+    """A sign of life of a rank. Its own thread sends it at short intervals, whatever the rank does."""
 
     rank: int
     phase: str
-    """What it does, for a person: starting, loading, ..., serving."""
+    """What the rank is doing, in words for a person: starting, loading, ..., serving."""
     busy: bool = False
-    """Whether it has a step that has not ended."""
+    """Whether the rank is in the middle of a step."""
     collectives: int = 0
-    """How many it has entered since it started: of ranks that wait for one another, the one behind is to blame."""
+    """How many the rank has entered. When ranks wait for each other, the lowest count is to blame."""
 
 
 class RankFailed(msgspec.Struct, tag=True, kw_only=True):

@@ -1,9 +1,9 @@
-"""Sockets between the processes of one instance: typed messages in order; it decides nothing about them.
+"""Sockets between the processes of one instance: typed messages that arrive in order.
 
 The frontend and rank 0 share a PAIR of ZeroMQ sockets on a Unix socket. Rank 0 sends its batches to the other ranks,
 and each rank sends its beats to its frontend: over Unix sockets on one machine, over TCP where ranks are on several.
-The messages are those of `ziphius.ipc.messages`, as msgpack. A socket does not notice that its peer has died: the
-peer's process is watched instead.
+The messages are those of `ziphius.ipc.messages`, as msgpack. A socket does not notice that its peer has died, so
+the peer's process is watched instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EngineChannel:
         self._socket.send(self._encoder.encode(message), copy=False)
 
     def receive(self, timeout_s: float | None) -> list[ToEngine]:
-        """All messages that are there; waits up to `timeout_s` for the first (None: for ever, 0: not at all)."""
+        """All messages that have arrived. Waits up to `timeout_s` for the first one (None: for ever, 0: not at all)."""
         messages: list[ToEngine] = []
         if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
             while True:
@@ -98,7 +98,7 @@ class BatchSender:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.set_hwm(0)
-        # Every subscription is told, also the second one to the same thing.
+        # Report every subscription, also a second one to the same topic.
         self._socket.setsockopt(zmq.XPUB_VERBOSE, 1)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.IPV6, 1)
@@ -109,7 +109,7 @@ class BatchSender:
         self._sent = 0
 
     def wait_for(self, count: int) -> None:
-        """Return once `count` more receivers are there: what is sent before that is lost to them."""
+        """Return once `count` more receivers have connected: they do not get what was sent before."""
         for _ in range(count):
             self._socket.recv()
 
@@ -138,7 +138,7 @@ class BatchReceiver:
         self._received = 0
 
     def receive(self) -> ScheduledBatch | Shutdown:
-        """The next message; waits for it. EngineFailed when one was lost: this rank can follow no longer."""
+        """Wait for the next message. EngineFailed when one was lost: this rank can then follow no longer."""
         message = self._decoder.decode(self._socket.recv())
         if message.sequence != self._received:
             raise EngineFailed(f"message {self._received} of rank 0 was lost: number {message.sequence} came after it")
@@ -162,7 +162,7 @@ class BeatSender:
         self._lock = threading.Lock()
 
     def send(self, message: Beat | RankFailed) -> None:
-        """Dropped when the frontend has taken none for very long."""
+        """Send a message. It is dropped when the frontend has read none for a very long time."""
         with self._lock, contextlib.suppress(zmq.Again):
             self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
 

@@ -1,4 +1,4 @@
-"""What an int8 product means, in plain torch: the reference of the kernels, and the body where there is none.
+"""The int8 product in plain torch: the reference of the kernels, and what runs where there is no kernel.
 
 A weight has one scale per output channel. A row of activations has one scale per 64 inputs (the last group may be
 shorter): with one scale per row the outliers of a small model cost several percent of perplexity. Scales belong to
@@ -22,7 +22,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, k = x.shape
     groups = F.pad(x, (0, -k % GROUP)).view(rows, -1, GROUP)
     largest = groups.abs().amax(dim=2)
-    # A tensor over a tensor: torch turns a number over a tensor into a product with its reciprocal. A group that is
+    # Divide a tensor by a tensor: torch would replace a number by a tensor with a product. A group that is
     # (nearly) zero counts as zero: its reciprocal would overflow.
     inverse = torch.where(largest > 1e-30, torch.full_like(largest, 127.0) / largest, 0.0)
     values = (groups * inverse.unsqueeze(2)).round_().to(torch.int8)

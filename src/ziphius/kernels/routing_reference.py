@@ -1,4 +1,4 @@
-"""select_experts: who is chosen among DeepSeek-V2's experts, in plain torch; it computes no expert.
+"""select_experts: which experts DeepSeek-V2's router chooses, in plain torch.
 
 DeepSeek-V2 (arXiv:2405.04434), as DeepSeek's published modeling_deepseek.py computes it.
 """

@@ -1,4 +1,4 @@
-"""SGLang in an Apptainer image (a SIF): the `apptainer exec` that runs it; it starts nothing and builds nothing."""
+"""SGLang in an Apptainer image (a SIF): the `apptainer exec` that runs it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ziphius.errors import ConfigError
-from ziphius.launchers.job import Job, Mount, container_variables, made_folders, mounts, server_words, without_own
 from ziphius.launchers.launcher import RUN_ID, Launch
+from ziphius.launchers.runtime import (
+    Mount,
+    SglangServer,
+    container_variables,
+    made_folders,
+    mounts,
+    server_words,
+    without_own,
+)
 
 PROGRAMS = ("apptainer", "singularity")
 _PREFIX = "APPTAINERENV_"
 
 
 def find_program(env: Mapping[str, str]) -> str | None:
-    """Apptainer on the caller's PATH (singularity: its former name), or None."""
+    """The path of Apptainer (or of singularity, its former name) on the caller's PATH, or None."""
     for program in PROGRAMS:
         found = shutil.which(program, path=env.get("PATH"))
         if found is not None:
@@ -43,35 +51,35 @@ class Apptainer:
         if not self.image.exists():
             raise ConfigError(f"there is no image {self.image}: `ziphius image build` makes one", param="image")
 
-    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
+    def launch(self, server: SglangServer, env: Mapping[str, str]) -> Launch:
         program = find_program(env) or PROGRAMS[0]
         words = [program, "exec"]
-        # Its own process ids: with the first of them everything in it ends, whatever ignores signals or forks.
+        # With its own process ids, everything in it ends with its first process, even what ignores signals.
         words += ["--pid"]
-        if job.gpus:
+        if server.gpus:
             words += ["--nv"]
-        # The image's environment and what is meant for it, as it is: no shell looks at the values.
+        # The image's environment and the values meant for it stay as they are: no shell reads them.
         words += ["--cleanenv", "--no-eval", "--no-mount", "cwd", "--pwd", "/"]
-        # A home of its own: root's would hide what an image keeps in /root, and anybody's may be on NFS.
-        words += ["--home", str(job.home)]
-        for mount in mounts(job):
+        # A separate home folder: root's would hide what an image keeps in /root, and a user's may be on NFS.
+        words += ["--home", str(server.home)]
+        for mount in mounts(server):
             words += ["--mount", mount_option(mount)]
-        argv = (*words, str(self.image), self.python, *server_words(job))
-        # A singularity that is no Apptainer knows only its own prefix; Apptainer takes that one too, and warns.
+        argv = (*words, str(self.image), self.python, *server_words(server))
+        # SingularityCE knows only its own prefix. Apptainer accepts that one too, with a warning.
         prefix = _PREFIX if Path(program).name == "apptainer" else "SINGULARITYENV_"
-        inside = {prefix + name: value for name, value in container_variables(job, env).items()}
+        inside = {prefix + name: value for name, value in container_variables(server, env).items()}
         return Launch(
             argv,
             {**_of_the_host(env), **inside},
             None,
-            files=() if job.secrets is None else (job.secrets,),
-            folders=made_folders(job),
+            files=() if server.secrets is None else (server.secrets,),
+            folders=made_folders(server),
             marks=(RUN_ID, prefix + RUN_ID),
         )
 
 
 def mount_option(mount: Mount, read_only: str = "ro") -> str:
-    """`--mount`'s value: fields as in a CSV line, so that a path may hold commas, colons and quotes."""
+    """`--mount`'s value: its fields are quoted as in a CSV line, because a path may hold commas, colons and quotes."""
     fields = ["type=bind", f"source={mount.path}", f"destination={mount.path}"]
     if not mount.writable:
         fields.append(read_only)
@@ -83,6 +91,6 @@ def _csv_field(text: str) -> str:
 
 
 def _of_the_host(env: Mapping[str, str]) -> dict[str, str]:
-    """For Apptainer itself. What was meant for other images, and may hold anything, is not passed on."""
+    """The environment of Apptainer itself. Variables that the caller meant for other images are not passed on."""
     own = without_own(env)
     return {name: value for name, value in own.items() if not name.startswith((_PREFIX, "SINGULARITYENV_"))}

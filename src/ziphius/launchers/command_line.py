@@ -1,4 +1,4 @@
-"""A launch as lines for a shell, secrets masked; it starts nothing."""
+"""A launch as lines for a shell, with masked secrets."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MASK = "********"
 
 
 def command_line(launch: Launch, env: Mapping[str, str]) -> str:
-    """What a shell must be told for the same process: the variables that differ from `env`, then the command.
+    """What to type into a shell to get the same process: the variables that differ from `env`, then the command.
 
-    A secret is told as the variable of `env` that holds it, where one does. What must be there before stands above it,
-    as comments.
+    A secret is shown as the variable of `env` that holds it, if there is one. Comments above the command name the files
+    and folders that must exist.
     """
     lines = [f"# {note}" for note in launch.notes]
     if launch.folders:

@@ -1,4 +1,4 @@
-"""Known failures of SGLang: from log lines to one sentence of cause and one of remedy; it reads no file.
+"""Known failures of SGLang: each gives one sentence of cause and one of remedy for log lines.
 
 The patterns are SGLang's own messages (0.5.16, 0.5.23), those of CUDA, NCCL, PyTorch and the hub that it passes on, and
 those of the container that it runs in.
@@ -15,7 +15,7 @@ from ziphius.launchers.sglang_log import FIRED_UP, STAMP, lines_of
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """What went wrong, and what to do. Each is one sentence."""
+    """What went wrong, and what to do: one sentence each."""
 
     trouble: str
     """A short name."""
@@ -39,7 +39,7 @@ class Trouble:
 
 _OUT_OF_MEMORY = r"torch\.(?:cuda\.)?OutOfMemoryError|CUDA out of memory|CUDA error: out of memory"
 _UP, _START = "up", "start"
-# The first that any line fits is told: what is precise comes before what is general.
+# The first pattern that matches any line counts, so precise patterns come before general ones.
 _TROUBLES = (
     Trouble("no room for a cache", r"leave no GPU memory for the KV cache under --mem-fraction-static=([\d.]+)\. Raise "
             r"--mem-fraction-static above ([\d.]+)",
@@ -195,14 +195,14 @@ _TROUBLES = (
 _ERROR = re.compile(r"^(?:\w+\.)*(?:\w*(?:Error|Exception|Interrupt|Exit)): .+")
 _NOT_TOLD = re.compile(r"^(?:\[[^\]]*\] )?(?:server_args=|usage:|Ignore import error)")
 _FREEZE, _FREEZE_FAILED = "/freeze_gc", "freeze_gc failed"
-# It takes a token that was computed.
+# The server is up once it has computed a token.
 _ANSWERED = re.compile(r'"(?:POST /\S*|GET /health(?:_generate)?) HTTP/[\d.]+" 200')
 
 
 def diagnose(text: str) -> Diagnosis | None:
-    """The trouble that a server ended for, from its log, or None where it tells of no known one.
+    """The trouble that ended a server, found in its log. None when the log shows no known trouble.
 
-    What came before an answered request is none: the server outlived it.
+    A trouble before an answered request does not count, because the server survived it.
     """
     lines = [line for line in _telling(text) if not _NOT_TOLD.match(line)]
     answered = _after_last(lines, _ANSWERED.search)
@@ -218,7 +218,7 @@ def diagnose(text: str) -> Diagnosis | None:
 
 
 def last_exception(text: str) -> str | None:
-    """The last exception's own line, for a failure that no trouble fits. None where the server outlived it."""
+    """The last exception's line, for a failure that matches no known trouble. None when the server survived it."""
     lines = _telling(text)
     alive = _after_last(lines, lambda line: FIRED_UP in line or _ANSWERED.search(line))
     found = [line for line in lines[alive:] if _ERROR.match(line) and not line.startswith("KeyboardInterrupt")]
@@ -226,18 +226,18 @@ def last_exception(text: str) -> str | None:
 
 
 def _telling(text: str) -> list[str]:
-    """The lines without the exceptions of a call of /freeze_gc, which SGLang makes of itself and does without."""
+    """The lines without the exceptions of /freeze_gc, which SGLang calls itself and which may fail."""
     lines = lines_of(text)
     said = [number for number, line in enumerate(lines) if _FREEZE in line and _ERROR.match(line)]
     if not said:
         return lines
-    # The first exceptions of the chain, about a connection, do not name the call that they belong to.
+    # The first exceptions of the chain are about a connection and do not name the call.
     begin = next((number for number, line in enumerate(lines[: said[0]]) if _FREEZE_FAILED in line), said[0])
     return [line for number, line in enumerate(lines) if not begin <= number <= said[-1] or STAMP.match(line)]
 
 
 def _after_last(lines: list[str], says: Callable[[str], object]) -> int:
-    """The number of the line after the last that `says` so; 0 where none does."""
+    """The number of the line after the last one for which `says` is true; 0 when there is none."""
     return next((number for number in range(len(lines), 0, -1) if says(lines[number - 1])), 0)
 
 

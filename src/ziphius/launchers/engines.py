@@ -1,4 +1,4 @@
-"""Which engine a config asks for, and its launcher; it starts nothing."""
+"""Which engine a config asks for, and its launcher."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ziphius.errors import ConfigError
 from ziphius.formats import format_named
 from ziphius.launchers import native, sglang
 from ziphius.launchers.launcher import Launch, Launcher
-from ziphius.launchers.native_plan import NativeOutlook, plan_native
-from ziphius.launchers.sglang_plan import Outlook, plan_start
+from ziphius.launchers.native_plan import NativeStartPlan, plan_native
+from ziphius.launchers.sglang_plan import SglangStartPlan, plan_start
 from ziphius.planner.hardware import Host
 from ziphius.planner.probe import probe_host
 
@@ -22,12 +22,12 @@ _OF_SGLANG = ("runtime", "python", "image", "engine_args", "cache_dir")
 
 
 def engine_launcher(*, force: bool = False, show_for: Host | None = None) -> Launcher:
-    """Launches whatever engine a config names. `force`: a plan that says no is a note, not a refusal.
+    """Launches whatever engine a config names. `force`: a plan that says no is only a note.
 
-    `show_for`: the machine that a command is shown for, where it is not to be started.
+    `show_for`: the machine for which a command is shown, when it is not to be started.
     """
 
-    def planned(resolved: Resolved, env: Mapping[str, str]) -> Outlook:
+    def planned(resolved: Resolved, env: Mapping[str, str]) -> SglangStartPlan:
         return plan_start(resolved, env, force=force, probe=probe_host if show_for is None else lambda: show_for)
 
     def launch(resolved: Resolved, env: Mapping[str, str]) -> Launch:
@@ -42,25 +42,25 @@ def engine_launcher(*, force: bool = False, show_for: Host | None = None) -> Lau
 def _native(resolved: Resolved, env: Mapping[str, str], force: bool, show_for: Host | None) -> Launch:
     launch = native.native(resolved, env)
     if show_for is None:
-        outlook = plan_native(resolved, env, force=force, probe=probe_host)
-    else:  # another machine's torch is taken to be one for its GPUs
-        outlook = plan_native(resolved, env, force=force, probe=lambda: show_for, torch_cuda=True)
+        start_plan = plan_native(resolved, env, force=force, probe=probe_host)
+    else:  # assume that another machine's torch can use its GPUs
+        start_plan = plan_native(resolved, env, force=force, probe=lambda: show_for, torch_cuda=True)
     return replace(
         launch,
-        env={**launch.env, **outlook.environment},
-        predicted_kv_tokens=outlook.predicted_kv_tokens,
-        notes=outlook.notes,
+        env={**launch.env, **start_plan.environment},
+        predicted_kv_tokens=start_plan.predicted_kv_tokens,
+        notes=start_plan.notes,
     )
 
 
-def native_in_foreground(resolved: Resolved, env: Mapping[str, str], *, force: bool) -> NativeOutlook:
-    """What `start` makes sure of before it launches the native engine, for who runs it without a launch.
+def native_in_foreground(resolved: Resolved, env: Mapping[str, str], *, force: bool) -> NativeStartPlan:
+    """The checks of `start` before it launches the native engine, for a caller that runs it without a launch.
 
-    The machines after the first leave it to that one.
+    On other machines than the first they are left to the first one.
     """
     refuse_other_engines_options(resolved)
     if resolved.config.node_rank > 0:
-        return NativeOutlook()
+        return NativeStartPlan()
     return plan_native(resolved, env, force=force, probe=probe_host)
 
 
@@ -79,7 +79,7 @@ def refuse_other_engines_options(resolved: Resolved) -> None:
 
 
 def with_absolute_paths(resolved: Resolved) -> Resolved:
-    """What was given relative to here must still be found by a restart from elsewhere."""
+    """Make relative paths absolute, because a restart from another folder must find them."""
     config = resolved.config
     changes: dict[str, Any] = {}
     if config.engine == "sglang" and config.runtime in ("auto", "apptainer"):
@@ -88,7 +88,7 @@ def with_absolute_paths(resolved: Resolved) -> Resolved:
             changes["image"] = os.path.abspath(image)
     for name in ("python", "cache_dir", "chat_template"):
         value = getattr(config, name)
-        # A program without a slash is looked up on the PATH; SGLang has templates that are known by a name.
+        # A program without a slash is looked up on the PATH. SGLang knows some chat templates by name.
         is_path = value is not None and (name == "cache_dir" or os.sep in value or os.path.exists(value))
         if is_path:
             changes[name] = str(Path(value).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""An Apptainer image of SGLang: its source, the command that builds it, its record, its troubles; it builds nothing."""
+"""An Apptainer image of SGLang: its source, the command that builds it, its record, and why a build failed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import msgspec
 from ziphius.errors import ConfigError, ImageError
 
 DEFAULT_SOURCE = "docker://lmsysorg/sglang:v0.5.23"
-"""The one place that says which SGLang an image is built from, where nobody says otherwise."""
+"""The source of an image when the user names none."""
 
 VERSION_PROGRAM = "import importlib.metadata; print(importlib.metadata.version('sglang'))"
-"""For the image's python3: the version of its SGLang."""
+"""Code for the image's python3 that prints the version of its SGLang."""
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of an image, kept beside it as IMAGE.json."""
+    """What is known about an image. It is kept beside the image as IMAGE.json."""
 
     source: str
     digest: str | None
-    """Of the registry's manifest; None where the source has none or did not tell."""
+    """Of the registry's manifest. None when the source has no digest, or the registry did not tell it."""
     sglang_version: str | None
-    """None where the image has none, as its own python3 says."""
+    """As the image's python3 reports it. None when the image has no SGLang."""
     built_at: str
     """UTC, as 2026-01-31T12:00:00Z."""
     apptainer_version: str
@@ -35,7 +35,7 @@ def record_path(image: Path) -> Path:
 
 
 def read_record(image: Path) -> ImageRecord | None:
-    """None where the image was not built by Ziphius. ImageError for a record that cannot be read."""
+    """None when the image was not built by Ziphius. ImageError when the record cannot be read."""
     path = record_path(image)
     try:
         return msgspec.json.decode(path.read_bytes(), type=ImageRecord)
@@ -50,7 +50,7 @@ def read_record(image: Path) -> ImageRecord | None:
 def checked_source(source: str) -> str:
     """As Apptainer takes it, paths absolute: docker://NAME, docker-archive:FILE, a .def file, or a folder with a root.
 
-    ConfigError for what is none of these, or is not there.
+    ConfigError when it is none of these, or does not exist.
     """
     if source.startswith("docker://"):
         return source
@@ -70,7 +70,7 @@ def checked_source(source: str) -> str:
 
 
 def source_bytes(source: str) -> int | None:
-    """How large a local source is; None for one that is elsewhere, or that says how to make it."""
+    """The size of a local source in bytes. None for a remote source and for a .def file."""
     path = Path(source.removeprefix("docker-archive:"))
     if source.startswith("docker://") or path.suffix == ".def":
         return None
@@ -80,7 +80,7 @@ def source_bytes(source: str) -> int | None:
 
 
 def build_command(program: str, source: str, target: Path) -> tuple[str, ...]:
-    """zstd at a low level: a fifth of gzip's time at about its size."""
+    """zstd at a low level takes a fifth of gzip's time, for about the same size."""
     return (program, "build", "--mksquashfs-args", "-comp zstd -Xcompression-level 3", str(target), source)
 
 
@@ -119,7 +119,7 @@ def build_trouble(output: str) -> str:
 
 
 def build_phase(line: str) -> str | None:
-    """The phase that a line of Apptainer's begins; None where it begins none."""
+    """The phase that begins with a line of Apptainer's output; None for other lines."""
     for start, phase in (
         ("Copying blob", "fetching"),
         ("Getting image source signatures", "fetching"),

@@ -1,4 +1,4 @@
-"""What a launcher is: it turns a resolved config into a command; it starts, checks and signals nothing."""
+"""What a launcher is: it turns a resolved config into a command. It does not start it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 from ziphius.config import Resolved
 
 RUN_ID = "ZIPHIUS_RUN_ID"
-"""Environment variable that marks every process of one start, whatever session or parent it ends up with."""
+"""Environment variable that marks every process of one start, also one that gets a new session or parent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,22 @@ class PrivateFile:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One process to start: its command line, its whole environment and what must be there before."""
+    """One process to start: its command line, its whole environment, and what must exist before."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     stdin: bytes | None
-    """Written to the process once it is on record. A process that finds its stdin empty must end: its starter died.
-    None: a program that reads no stdin; whoever starts it holds it back until it is on record."""
+    """Written to the process once it is on record. A process that finds its stdin empty must end, because its parent
+    has died. None: the program reads no stdin, and is held back until it is on record."""
     files: tuple[PrivateFile, ...] = ()
     folders: tuple[Path, ...] = ()
     marks: tuple[str, ...] = (RUN_ID,)
     """The variables that carry the start's mark into its processes."""
     cleanup: tuple[str, ...] = ()
-    """A command that ends what outlives the process tree (a container of a daemon); () where nothing does."""
+    """A command that ends what outlives the process tree (a daemon's container); () when nothing does."""
     predicted_kv_tokens: int | None = None
     notes: tuple[str, ...] = ()
-    """For the person who starts it."""
+    """Sentences for the person who starts it."""
 
 
 class Launcher(Protocol):

@@ -1,4 +1,4 @@
-"""The native engine as a child process: `ziphius serve`, its config on stdin; it starts nothing itself."""
+"""The native engine as a child process: `ziphius serve`, with its config on stdin."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ziphius.launchers.launcher import Launch
 
 
 def native(resolved: Resolved, env: Mapping[str, str]) -> Launch:
-    """A server that runs exactly `resolved`: the child resolves nothing again, so nothing can differ.
+    """A server that runs exactly `resolved`. The child resolves nothing again, so nothing can differ.
 
-    ConfigError for a node other than 0, which answers nobody.
+    ConfigError for a node other than 0, which has no API.
 
-    The config, and with it the API key, travels on stdin. --name and --port are there for whoever reads `ps`.
+    The config, and with it the API key, travels on stdin. --name and --port are there for a person who reads `ps`.
     """
     config = resolved.config
     if config.node_rank > 0:
@@ -32,13 +32,13 @@ def native(resolved: Resolved, env: Mapping[str, str]) -> Launch:
     child_env = {key: value for key, value in env.items() if key not in options}
     # The caller's folder must not shadow modules (a random http.py there), in the server or in its workers.
     child_env["PYTHONSAFEPATH"] = "1"
-    # A crash in native code leaves a trace of where it was in the log.
+    # A crash in native code writes a Python traceback into the log.
     child_env["PYTHONFAULTHANDLER"] = "1"
     return Launch(argv, child_env, msgspec.json.encode(resolved))
 
 
 def read_resolved(stream: BinaryIO) -> Resolved:
-    """The child's side of `native`: the config from stdin. ConfigError when the starter died before it wrote it."""
+    """The child's side of `native`: read the config from stdin. ConfigError when the parent died before it wrote it."""
     data = stream.read()
     if not data:
         raise ConfigError("no configuration on stdin: the command that started this server ended too early")

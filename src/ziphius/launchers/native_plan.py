@@ -1,4 +1,4 @@
-"""The plan before a start of the native engine: refuse what cannot work, predict what can; it starts nothing."""
+"""The plan before a start of the native engine: it refuses what cannot work and predicts the cache of what can."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ziphius.ranks.layout import rank_layout
 
 
 @dataclass(frozen=True, slots=True)
-class NativeOutlook:
-    """What the plan says of a start."""
+class NativeStartPlan:
+    """What the plan says about a start."""
 
     predicted_kv_tokens: int | None = None
-    """Of one rank's cache; None without a plan."""
+    """Tokens of one rank's cache; None without a plan."""
     gpus: tuple[int, ...] = ()
-    """The GPUs to use, by the driver's numbers, where they are not the first ones of this machine."""
+    """The GPUs to use, by the driver's numbers; () when they are the first ones of this machine."""
     notes: tuple[str, ...] = ()
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes an engine use `gpus`."""
+        """The variables that make an engine use `gpus`."""
         if not self.gpus:
             return {}
-        # The driver numbers GPUs by their place on the bus; CUDA does so only when told.
+        # The driver numbers GPUs by their place on the bus. CUDA does so only when this variable says so.
         return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.gpus)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
@@ -41,44 +41,46 @@ def plan_native(
     force: bool,
     probe: Callable[[], Host],
     torch_cuda: bool | None = None,
-) -> NativeOutlook:
-    """The outlook on this machine.
+) -> NativeStartPlan:
+    """Plan a start on this machine.
 
-    DoesNotFit, with the numbers and the nearest changes; ConfigError for options that the model or the machine
-    contradicts; ModelError for a config that cannot be read. With `force` these are notes instead.
+    Raises DoesNotFit, with the numbers and the nearest changes; ConfigError for options that contradict the model or
+    the machine; ModelError for a config that cannot be read. With `force` these are notes instead.
 
-    A model that is not here yet (the server fetches it) is started without a plan: the engine checks again.
+    A model that must still be fetched is started without a plan: the engine checks again when it has the model.
     `torch_cuda`: whether torch has CUDA (default: read from the installed torch's files).
     """
     config = resolved.config
-    rank_layout(config)  # what contradicts itself needs no machine to be refused, nor does force help it
+    rank_layout(config)  # A contradiction is refused before the machine is probed, and --force does not change that.
     host = probe()
     try:
         source = find_model(config.model, env, config.revision)
         plan = admit_on_host(config, source, host, torch_cuda=torch_has_cuda() if torch_cuda is None else torch_cuda)
     except (ModelNotFound, DownloadError):
-        return NativeOutlook()
+        return NativeStartPlan()
     except DoesNotFit as e:
         if not force:
             raise type(e)(f"{e.message}; --force starts it all the same") from e
-        return NativeOutlook(notes=(f"started although {e.message}",))
+        return NativeStartPlan(notes=(f"started although {e.message}",))
     except (ConfigError, ModelError) as e:
         if not force:
             raise
-        return NativeOutlook(notes=(f"started although {e.message}",))
-    return _outlook(plan, host, config.nnodes, env.get("CUDA_VISIBLE_DEVICES", ""))
+        return NativeStartPlan(notes=(f"started although {e.message}",))
+    return _start_plan(plan, host, config.nnodes, env.get("CUDA_VISIBLE_DEVICES", ""))
 
 
-def _outlook(plan: Plan, host: Host, machines: int, visible: str) -> NativeOutlook:
+def _start_plan(plan: Plan, host: Host, machines: int, visible: str) -> NativeStartPlan:
     chosen = plan.shown
     if chosen is None:
-        return NativeOutlook()
+        return NativeStartPlan()
     notes = (f"planned: {chosen.reason}",)
     first = tuple(gpu.index for gpu in host.gpus[: chosen.tp])
-    # Who named GPUs by UUID, as some clusters do, may use those alone; which they are is not known here.
+    # Some clusters name the visible GPUs by UUID. Only those may be used, and their numbers are not known here.
     by_uuid = not all(part.strip().isdigit() for part in visible.split(",") if part.strip())
     sliced = any(gpu.mig for gpu in host.gpus)
     if chosen.device == "cpu" or machines > 1 or chosen.gpus == first or sliced or by_uuid:
-        return NativeOutlook(chosen.kv_tokens, notes=notes)
+        return NativeStartPlan(chosen.kv_tokens, notes=notes)
     numbers = ", ".join(map(str, chosen.gpus))
-    return NativeOutlook(chosen.kv_tokens, chosen.gpus, (*notes, f"on GPU {numbers}, which have the most free memory"))
+    return NativeStartPlan(
+        chosen.kv_tokens, chosen.gpus, (*notes, f"on GPU {numbers}, which have the most free memory")
+    )

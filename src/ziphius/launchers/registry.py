@@ -1,4 +1,4 @@
-"""Asks a container registry for an image's digest and size (OCI distribution 1.1); it fetches no layer."""
+"""Asks a container registry for an image's digest and size (OCI distribution 1.1)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import platform
 import re
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import msgspec
 
 _ACCEPT = ", ".join(
@@ -18,19 +18,19 @@ _ACCEPT = ", ".join(
     )
 )
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-"""A kernel's name of a machine -> a registry's."""
+"""The kernel's name of an architecture -> the registry's name."""
 _TIMEOUT_S = 15.0
 _DOCKER_HUB = "registry-1.docker.io"
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteImage:
-    """An image as a registry tells of it."""
+    """What a registry says about an image."""
 
     digest: str
-    """Of the manifest for this machine's architecture, so that the same bytes can be asked for again."""
+    """The manifest's digest for this machine's architecture: it names exactly these bytes."""
     size_bytes: int
-    """Of its layers, compressed."""
+    """The size of the compressed layers."""
 
 
 class _Platform(msgspec.Struct):
@@ -55,10 +55,10 @@ class _Token(msgspec.Struct):
 
 
 def find_remote(source: str, scheme: str = "https") -> RemoteImage | None:
-    """The image that `docker://…` names. None where the registry does not tell: a private one, or none in reach."""
+    """The image that `docker://…` names. None when the registry does not answer, or is private."""
     registry, name, reference = parse_name(source)
     try:
-        with httpx.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
+        with httpx2.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
             answer = _get(client, f"{scheme}://{registry}/v2/{name}/manifests/{reference}", name)
             manifest = msgspec.json.decode(answer.content, type=_Manifest)
             digest = answer.headers.get("Docker-Content-Digest", reference if ":" in reference else "")
@@ -66,7 +66,7 @@ def find_remote(source: str, scheme: str = "https") -> RemoteImage | None:
                 digest = _for_this_platform(manifest).digest
                 answer = _get(client, f"{scheme}://{registry}/v2/{name}/manifests/{digest}", name)
                 manifest = msgspec.json.decode(answer.content, type=_Manifest)
-    except (httpx.HTTPError, msgspec.MsgspecError, LookupError):
+    except (httpx2.HTTPError, msgspec.MsgspecError, LookupError):
         return None
     size = sum(layer.size for layer in manifest.layers)
     return RemoteImage(digest, size) if re.fullmatch(r"sha256:[0-9a-f]{64}", digest) and size else None
@@ -86,13 +86,13 @@ def parse_name(source: str) -> tuple[str, str, str]:
 
 
 def pinned(source: str, digest: str) -> str:
-    """`docker://…` by digest in place of the tag: the tag may move between the question and the build."""
+    """`docker://…` with the digest in place of the tag, because the tag may move before the build."""
     name = source.removeprefix("docker://").partition("@")[0]
     head, slash, tail = name.rpartition("/")
     return f"docker://{head}{slash}{tail.partition(':')[0]}@{digest}"
 
 
-def _get(client: httpx.Client, url: str, name: str) -> httpx.Response:
+def _get(client: httpx2.Client, url: str, name: str) -> httpx2.Response:
     answer = client.get(url, headers={"Accept": _ACCEPT})
     if answer.status_code == 401:
         challenge = dict(re.findall(r'(\w+)="([^"]*)"', answer.headers.get("WWW-Authenticate", "")))

@@ -1,4 +1,4 @@
-"""SGLang as an engine: from a resolved config to a job for one of the runtimes; it starts and probes nothing itself."""
+"""SGLang as an engine: what one of the runtimes must run for a resolved config."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ziphius.installation import instances_folder, ziphius_home
 from ziphius.launchers.apptainer import Apptainer, find_program
 from ziphius.launchers.docker import Docker
 from ziphius.launchers.image import DEFAULT_SOURCE
-from ziphius.launchers.job import Job, Runtime, default_compiled, needed_folders
 from ziphius.launchers.launcher import Launch, PrivateFile
 from ziphius.launchers.local import Local
-from ziphius.launchers.sglang_plan import Outlook
+from ziphius.launchers.runtime import Runtime, SglangServer, default_compiled, needed_folders
+from ziphius.launchers.sglang_plan import SglangStartPlan
 from ziphius.launchers.sglang_settings import Planned, arguments, threads_environment
 
 DEFAULT_IMAGE = "sglang.sif"
-Planner = Callable[[Resolved, Mapping[str, str]], Outlook]
+Planner = Callable[[Resolved, Mapping[str, str]], SglangStartPlan]
 
 
 class Sglang:
-    """A launcher. `planner` says what memory fraction to ask for, or refuses.
+    """A launcher. `planner` gives the memory fraction, or refuses the start.
 
-    `only_show`: the command is to be shown, perhaps for another machine, so that nothing needs to be there.
+    `only_show`: the command is only shown, perhaps for another machine, so nothing needs to exist here.
     """
 
     def __init__(self, planner: Planner, *, only_show: bool = False) -> None:
@@ -45,14 +45,14 @@ class Sglang:
         runtime = choose_runtime(resolved, env)
         if not self._only_show:
             runtime.require(env)
-        arguments(resolved, Planned(), resolved.config.model)  # what contradicts is told before a plan
-        outlook = self._planner(resolved, env)
-        launch = runtime.launch(_job(resolved, env, outlook), env)
-        return replace(launch, predicted_kv_tokens=outlook.predicted_kv_tokens, notes=outlook.notes)
+        arguments(resolved, Planned(), resolved.config.model)  # report a contradiction before any plan
+        start_plan = self._planner(resolved, env)
+        launch = runtime.launch(_server(resolved, env, start_plan), env)
+        return replace(launch, predicted_kv_tokens=start_plan.predicted_kv_tokens, notes=start_plan.notes)
 
 
 def choose_runtime(resolved: Resolved, env: Mapping[str, str]) -> Runtime:
-    """The runtime asked for; for `auto` an image where one, or Apptainer, is there, else a local Python."""
+    """The runtime that was asked for. `auto`: an image if there is one, or Apptainer is here; else local."""
     config = resolved.config
     kind = config.runtime
     if kind == "auto":
@@ -76,7 +76,7 @@ def _kind_that_is_there(resolved: Resolved, env: Mapping[str, str]) -> str:
     return "apptainer" if there else "local"
 
 
-def _job(resolved: Resolved, env: Mapping[str, str], outlook: Outlook) -> Job:
+def _server(resolved: Resolved, env: Mapping[str, str], start_plan: SglangStartPlan) -> SglangServer:
     config = resolved.config
     model = Path(config.model).expanduser()
     is_local = model.exists()
@@ -85,17 +85,17 @@ def _job(resolved: Resolved, env: Mapping[str, str], outlook: Outlook) -> Job:
         reads = (*reads, Path(config.chat_template).absolute())
     variables = dict(threads_environment(resolved))
     token = hub_home(env).absolute() / "token"
-    if token.exists() and not env.get("HF_TOKEN"):  # who has logged in to the hub has it in a file
+    if token.exists() and not env.get("HF_TOKEN"):  # a user who has logged in to the hub has the token in a file
         reads, variables["HF_TOKEN_PATH"] = (*reads, token), str(token)
-    return Job(
+    return SglangServer(
         name=config.name,
-        arguments=arguments(resolved, outlook.planned, str(model.absolute()) if is_local else config.model),
+        arguments=arguments(resolved, start_plan.planned, str(model.absolute()) if is_local else config.model),
         variables=variables,
         secrets=_secrets(resolved, env),
         reads=reads,
         hub_cache=hub_cache(env).absolute(),
         compiled=_compiled(resolved, env),
-        gpus=outlook.gpus,
+        gpus=start_plan.gpus,
     )
 
 

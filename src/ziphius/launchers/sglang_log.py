@@ -1,6 +1,6 @@
-"""What SGLang's log says of a start: the phase, the pool's tokens, whether it drains; pure text, it opens nothing.
+"""What SGLang's log says of a start: the phase, the pool's tokens, and whether it drains.
 
-The lines are those of SGLang 0.5.16 and 0.5.23. Each rank writes them; what several say counts once.
+The lines are those of SGLang 0.5.16 and 0.5.23. Each rank writes them, and a repeated line counts once.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _PHASES = (
     ("Uvicorn running on", "warm-up", ""),
 )
 FIRED_UP = "The server is fired up and ready to roll"
-"""SGLang says so also where its port turned out to be taken: /health is the evidence, this is a hint."""
+"""SGLang writes this line also when its port turns out to be taken, so it is only a hint. /health is the evidence."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """What the lines so far tell."""
+    """What the lines so far say."""
 
     progress: LoadProgress
     kv_tokens: int | None = None
-    """Of the pool, as the server will tell it (max_total_num_tokens)."""
+    """Tokens of the pool, as the server reports them (max_total_num_tokens)."""
     weight_bytes: int | None = None
-    """Of one rank, as it measured it."""
+    """Tokens of one rank's pool, as the rank measured them."""
     fired_up: bool = False
     was_healthy: bool = False
     """It has answered a health check, so it is no longer starting."""
@@ -45,7 +45,7 @@ class LogState:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines, a bar's redrawings (carriage returns) one each."""
+    """The lines. Each redrawing of a progress bar (after a carriage return) counts as a line."""
     return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
@@ -58,7 +58,7 @@ def read_state(text: str) -> LogState:
     for line in lines_of(text):
         said = STAMP.sub("", line)
         if said.startswith("server_args="):
-            continue  # it holds everything, a chat template's words among it
+            continue  # this line repeats all settings, also the words of a chat template
         progress = _progress(said, progress)
         if match := _POOL.search(said):
             kv_tokens = kv_tokens or int(match[1])
@@ -73,7 +73,7 @@ def read_state(text: str) -> LogState:
 
 
 def _progress(said: str, before: LoadProgress) -> LoadProgress:
-    """The phase after one more line; that of before where the line begins none."""
+    """The phase after one more line. A line that begins no phase leaves the old one."""
     if match := _SHARDS.search(said):
         done, total = int(match[1]), int(match[2])
         return LoadProgress(phase="loading", done=done, total=total, unit="shards")

@@ -1,4 +1,4 @@
-"""The plan before a start of SGLang: does it fit, and with which memory fraction; it starts nothing."""
+"""The plan before a start of SGLang: whether it fits, and with which memory fraction."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ziphius.planner.probe import probe_host
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """What the plan says of a start."""
+class SglangStartPlan:
+    """What the plan says about a start."""
 
     planned: Planned
     gpus: bool
     """Whether it will compute on GPUs."""
     predicted_kv_tokens: int | None = None
-    """Of one rank's pool; None where SGLang's rule is not known (a CPU) or the model is not."""
+    """Tokens of one rank's pool. None on a CPU, where SGLang's rule is not known, and for an unknown model."""
     notes: tuple[str, ...] = ()
 
 
 def plan_start(
     resolved: Resolved, env: Mapping[str, str], *, force: bool, probe: Callable[[], Host] = probe_host
-) -> Outlook:
-    """The outlook on this machine. DoesNotFit, with the numbers and the nearest changes, unless `force`.
+) -> SglangStartPlan:
+    """Plan a start on this machine. DoesNotFit, with the numbers and the nearest changes, unless `force`.
 
-    A model that the planner does not know is no reason to refuse: SGLang knows many more.
+    A model that the planner does not know is not refused, because SGLang knows many more.
     """
     config = resolved.config
     host = probe()
@@ -43,22 +43,22 @@ def plan_start(
         source = find_model(config.model, env, config.revision)
         plan = build_plan(source, _all_machines(host, resolved), request_on_host(config, host, source, torch_cuda=True))
     except ModelError as e:
-        return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
+        return SglangStartPlan(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     except ConfigError as e:
         if not force:
             raise
-        return Outlook(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
+        return SglangStartPlan(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     remote_code = architecture_of(source.config.architecture).remote_code
     if plan.recommendation is None:
         refused = refusal(plan)
         if not force:
             raise type(refused)(f"{refused.message}; --force starts it all the same")
-        return Outlook(Planned(None, remote_code), gpus, notes=(f"started although {refused.message}",))
-    return _outlook(plan, gpus, remote_code)
+        return SglangStartPlan(Planned(None, remote_code), gpus, notes=(f"started although {refused.message}",))
+    return _start_plan(plan, gpus, remote_code)
 
 
 def _all_machines(host: Host, resolved: Resolved) -> Host:
-    """Every machine has as many GPUs as this one: together they have what tensor parallelism asks for."""
+    """A host with the GPUs of all machines together. Every machine is taken to have as many GPUs as this one."""
     config = resolved.config
     whole = [gpu for gpu in host.gpus if not gpu.mig]
     if config.nnodes > 1 and whole and config.tp <= len(whole) * config.nnodes:
@@ -66,9 +66,9 @@ def _all_machines(host: Host, resolved: Resolved) -> Host:
     return host
 
 
-def _outlook(plan: Plan, gpus: bool, remote_code: bool) -> Outlook:
+def _start_plan(plan: Plan, gpus: bool, remote_code: bool) -> SglangStartPlan:
     chosen = plan.shown
     if not gpus or chosen is None:
-        return Outlook(Planned(None, remote_code), gpus)
-    outlook = Outlook(Planned(chosen.mem_fraction, remote_code), gpus, chosen.kv_tokens)
-    return replace(outlook, notes=(f"planned: {chosen.reason}",))
+        return SglangStartPlan(Planned(None, remote_code), gpus)
+    start_plan = SglangStartPlan(Planned(chosen.mem_fraction, remote_code), gpus, chosen.kv_tokens)
+    return replace(start_plan, notes=(f"planned: {chosen.reason}",))

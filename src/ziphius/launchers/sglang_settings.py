@@ -1,7 +1,7 @@
-"""Ziphius' options as SGLang's (0.5.23) arguments, and what contradicts; it knows no runtime and starts nothing.
+"""Ziphius' options as arguments of SGLang (0.5.23), and the contradictions between them.
 
 Options left at Ziphius' defaults are left to SGLang, whose own defaults suit its scheduler; the exceptions are the
-queue's limit and the metrics, without which an overloaded server could not be told from a busy one.
+queue's limit and the metrics, because without them an overloaded server looks like a busy one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SAME = {
     "chat_template": "--chat-template",
     "rank_timeout": "--watchdog-timeout",
 }
-"""Given when the user chose a value; SGLang's flag takes it as it is."""
+"""Options that are passed on unchanged when the user chose a value."""
 _ALWAYS = {"host": "--host", "port": "--port", "max_queued_requests": "--max-queued-requests"}
 _OWN = {
     **_SAME,
@@ -47,9 +47,9 @@ _OWN = {
     "cuda_graphs": "--disable-cuda-graph",
     "deterministic": "--enable-deterministic-inference",
 }
-"""Ziphius' option -> the flag of SGLang's that it decides, which therefore may not come after `--`."""
+"""Ziphius' option -> the flag of SGLang that it decides. That flag may not come after `--`."""
 _UNPLANNED = ("load_format", "revision", "chat_template", "rank_timeout")
-"""Options that no plan and no status rests on: SGLang's flag is refused only where the option was given as well."""
+"""Options that neither the plan nor the status needs: SGLang's flag is refused only when the option is given too."""
 _OTHER_SPELLINGS = {
     "--model": "model",
     "--tensor-parallel-size": "tp",
@@ -57,25 +57,25 @@ _OTHER_SPELLINGS = {
     "--nccl-init-addr": "dist_init_addr",
 }
 _OF_OLDER_VERSIONS = ("--cuda-graph-max-bs",)
-"""Flags that SGLang had before 0.5.23, and that are the beginning of one that it has: no abbreviation of that."""
+"""Flags of SGLang before 0.5.23 that look like abbreviations of a present flag, but are none."""
 _OF_ZIPHIUS = ("name", "drain_timeout", "start_timeout", "engine", "runtime", "python", "image", "engine_args",
                "cache_dir", "weights_format", "threads")  # fmt: skip
-"""Options that Ziphius itself follows, whatever the engine, or that become no flag of their own."""
+"""Options that Ziphius itself follows for every engine, and options that become no flag of their own."""
 _FORMATS = {row.name: ("--quantization", row.name) if row.dtype is None else ("--dtype", row.dtype)
             for row in FORMATS.values() if row.sglang and row.option}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What the plan decided for a start, as far as SGLang must be told."""
+    """What the plan decided that SGLang must be told."""
 
     mem_fraction: float | None = None
     trust_remote_code: bool = False
-    """DeepSeek's checkpoints name code of their own in their config."""
+    """DeepSeek's checkpoints name their own code in their config."""
 
 
 def arguments(resolved: Resolved, planned: Planned, model: str) -> tuple[str, ...]:
-    """SGLang's arguments, without the API key, which is no matter of a command line. ConfigError for a contradiction.
+    """SGLang's arguments, without the API key, which every user could read there. ConfigError for a contradiction.
 
     `model`: the folder or id as SGLang will see it.
     """
@@ -111,13 +111,13 @@ def arguments(resolved: Resolved, planned: Planned, model: str) -> tuple[str, ..
 
 
 def model_name(model: str) -> str:
-    """The name in the API where none was given: a folder's own name, an id as it is."""
+    """The name in the API when none was given: a folder's name, or the model id."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() else model
 
 
 def threads_environment(resolved: Resolved) -> tuple[tuple[str, str], ...]:
-    """SGLang takes its CPU threads from OpenMP's variable."""
+    """SGLang reads the number of CPU threads from OpenMP's variable."""
     return () if resolved.config.threads is None else (("OMP_NUM_THREADS", str(resolved.config.threads)),)
 
 
@@ -165,7 +165,7 @@ def _refuse_unknown_to_sglang(resolved: Resolved) -> None:
 
 
 def _refuse_conflicts(resolved: Resolved, extra: tuple[str, ...]) -> None:
-    """Arguments after `--` that an option of Ziphius' decides: the plan, the status and the stop would not know."""
+    """Refuse arguments after `--` that an option of Ziphius decides: plan, status and stop would not know them."""
     deciders = {flag: name for name, flag in _OWN.items() if name not in _UNPLANNED or _chosen(resolved, name)}
     deciders |= _OTHER_SPELLINGS
     for word in extra:
@@ -183,7 +183,7 @@ def _refuse_conflicts(resolved: Resolved, extra: tuple[str, ...]) -> None:
 
 
 def _decider(flag: str, deciders: Mapping[str, str]) -> str | None:
-    """The option that decides `flag`, or one that it abbreviates: SGLang's parser takes abbreviations."""
+    """The option that decides `flag`, or the flag that it abbreviates: SGLang's parser accepts abbreviations."""
     if flag in deciders or flag in _OF_OLDER_VERSIONS or len(flag) <= len("--xx"):
         return deciders.get(flag)
     return next((name for full, name in deciders.items() if full.startswith(flag)), None)

@@ -1,4 +1,4 @@
-"""A batch script for Slurm: one `ziphius serve` on each node of a job; it submits nothing and asks nobody."""
+"""A batch script for Slurm: one `ziphius serve` on each node of a job."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ziphius.errors import ConfigError
 from ziphius.installation import ziphius_home
 
 DRAIN_SIGNAL = "URG"
-"""What `ziphius serve` takes for a wish to drain, as Slurm names it. Slurm sends signals to every process of a job:
-SIGTERM would end the ranks of a model in the midst of their requests; who does not know this one ignores it."""
+"""The signal, by Slurm's name, that tells `ziphius serve` to drain. Slurm sends a signal to every process of a job:
+SIGTERM would end the ranks in the middle of their requests, and they ignore this one."""
 _SPARE_S = 30
-"""Between the signal and the time limit, beyond the drain."""
+"""Seconds between the end of the drain and the time limit."""
 _OF_THE_SCRIPT = ("nnodes", "node_rank", "dist_init_addr")
 _FIRST_PORT, _PORTS = 20000, 10000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """What the job asks Slurm for."""
+    """What the job asks Slurm to give it."""
 
     nodes: int = 1
     gpus_per_node: int = 0
     time_limit: str | None = None
-    """As sbatch takes it: 2-00:00:00."""
+    """In sbatch's format: 2-00:00:00."""
     partition: str | None = None
     account: str | None = None
     more: tuple[str, ...] = ()
@@ -38,12 +38,12 @@ class Allocation:
 
     @property
     def asks_for_cpus(self) -> bool:
-        """Whether it says how many; Slurm gives a task one, and the memory that goes with it, where nobody does."""
+        """Whether the options ask for CPUs. Else Slurm may give a task one CPU, and the memory that goes with it."""
         return any(word.startswith(("--exclusive", "--cpus-per-", "-c")) for word in self.more)
 
 
 def for_job(resolved: Resolved, allocation: Allocation) -> Resolved:
-    """The settings on the nodes: all their GPUs where no --tp says otherwise, reachable from the other machines."""
+    """The settings on the nodes: all GPUs unless --tp is given, and an address that other machines can reach."""
     config, origins = resolved.config, dict(resolved.origins)
     for name in _OF_THE_SCRIPT:
         if origins.get(name, "default") != "default":
@@ -61,7 +61,7 @@ def for_job(resolved: Resolved, allocation: Allocation) -> Resolved:
 
 
 def batch_script(resolved: Resolved, allocation: Allocation, folder: Path, env: Mapping[str, str]) -> str:
-    """`resolved`: as `for_job` made it; `folder`: the instance's, which every node must see. No secret is in it."""
+    """`resolved`: from `for_job`. `folder`: the instance's, which every node must see. The script holds no secret."""
     config = resolved.config
     lines = ["#!/bin/bash", *_directives(resolved, allocation, folder)]
     lines += [f"# Submitted by hand, it wants its folder: mkdir -p {shlex.quote(str(folder))}", "set -u"]
@@ -73,7 +73,7 @@ def batch_script(resolved: Resolved, allocation: Allocation, folder: Path, env: 
     serve = shlex.join([sys.executable, "-m", "ziphius", "serve", *_flags(resolved)])
     if allocation.nodes > 1:
         serve += f' --nnodes {allocation.nodes} --node-rank "$SLURM_PROCID" --dist-init-addr "$1"'
-    # One that ends ends the others: the rest of a model is of no use. Ranks and threads share what CPUs the job has.
+    # When one task ends, all end: a part of a model is useless. Ranks and threads share all CPUs of the job.
     step = ["srun", "--cpu-bind=none", "--kill-on-bad-exit=1", "--wait=30", "--open-mode=truncate",
             f"--output={folder}/node-%t.log"]  # fmt: skip
     lines += [f'exec {shlex.join(step)} /bin/sh -c {shlex.quote("exec " + serve)} ziphius "$meet"']
@@ -88,9 +88,9 @@ def _directives(resolved: Resolved, allocation: Allocation, folder: Path) -> lis
         "--ntasks-per-node=1",
         f"--output={shlex.quote(str(folder))}/slurm.log",
         "--open-mode=truncate",
-        # A model that is started again by itself, hours later, surprises: whoever wants it submits again.
+        # Slurm must not start the model again by itself, hours later.
         "--no-requeue",
-        # `ziphius serve` then refuses new requests and finishes those that run; it alone heeds this signal.
+        # `ziphius serve` then refuses new requests and finishes those that run; no other process reacts to this signal.
         f"--signal={DRAIN_SIGNAL}@{math.ceil(config.drain_timeout) + _SPARE_S}",
     ]
     if allocation.gpus_per_node:
@@ -100,7 +100,7 @@ def _directives(resolved: Resolved, allocation: Allocation, folder: Path) -> lis
         if value is not None:
             options.append(f"--{name}={value}")
     if allocation.more:
-        options.append(shlex.join(allocation.more))  # on one line: an option and its value may be two words
+        options.append(shlex.join(allocation.more))  # on one line, because an option and its value may be two words
     for option in options:
         if "\n" in option:
             raise ConfigError(f"an option of sbatch must be one line, not {option!r}")
@@ -108,7 +108,7 @@ def _directives(resolved: Resolved, allocation: Allocation, folder: Path) -> lis
 
 
 def _flags(resolved: Resolved) -> list[str]:
-    """The options that were chosen, as `ziphius serve` takes them; secrets and what the script sets are left out."""
+    """The chosen options as words for `ziphius serve`, without secrets and without what the script sets."""
     words = ["--name", resolved.config.name]
     for option in option_fields():
         name, value = option.name, getattr(resolved.config, option.name)
@@ -120,6 +120,6 @@ def _flags(resolved: Resolved) -> list[str]:
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])
         else:
-            # With `=`: a value may begin with a dash.
+            # With `=`, because a value may begin with a dash.
             words.append(f"{flag}={value:g}" if isinstance(value, float) else f"{flag}={value}")
     return words

@@ -8,7 +8,7 @@ from torch import Tensor
 from ziphius.checkpoint.config import MoEConfig
 from ziphius.formats import Format
 from ziphius.kernels.gpu import experts, routing
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.experts import ExpertMatrices, PairConfig
 from ziphius.kernels.gpu.routing import Routes
 from ziphius.kernels.gpu.tuning import ExpertsPlan
@@ -73,7 +73,7 @@ class CudaDenseFormat(LinearFormat):
 
     def __init__(self, dtype: torch.dtype, device: torch.device, batch_invariant: bool = False) -> None:
         self._dtype = dtype
-        self._kernels = CudaKernels(Gpu.of(device, batch_invariant), device)
+        self._kernels = CudaKernels(GpuDevice.of(device, batch_invariant), device)
         self._batch_invariant = batch_invariant
 
     @property

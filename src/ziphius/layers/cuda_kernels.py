@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.gemv import gemv
 from ziphius.kernels.gpu.routing import RouteWorkspace
 from ziphius.kernels.gpu.skinny import SplitWorkspace, skinny_linear
@@ -16,7 +16,7 @@ from ziphius.layers.weights import Norm
 class CudaKernels:
     """Belongs to one stream."""
 
-    def __init__(self, gpu: Gpu, device: torch.device) -> None:
+    def __init__(self, gpu: GpuDevice, device: torch.device) -> None:
         self.gpu = gpu
         self.tuned = Tuned.of(gpu)
         self.split = SplitWorkspace.on(device)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ziphius.kernels.gpu import activation, norm, rotary
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 
 
 class CudaOps:
     """LayerOps by Triton's kernels."""
 
     def __init__(self, device: torch.device, batch_invariant: bool = False) -> None:
-        self._gpu = Gpu.of(device, batch_invariant)
+        self._gpu = GpuDevice.of(device, batch_invariant)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return norm.rms_norm(self._gpu, x, weight, eps)

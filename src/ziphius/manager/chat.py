@@ -1,4 +1,4 @@
-"""A chat in the terminal over a server's OpenAI-compatible API; it knows nothing of instances or processes."""
+"""A chat in the terminal over a server's OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 import msgspec
 
 from ziphius.errors import InstanceError
@@ -14,7 +14,7 @@ from ziphius.errors import InstanceError
 _HELP = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
 _BROKE_OFF = "the answer broke off: the server is gone"
 _CONNECT_TIMEOUT_S = 5.0
-# What a model writes must not move the cursor or retitle the window: control characters but newline and tab go.
+# A model's text must not move the cursor or rename the window: all control characters but newline and tab are removed.
 _UNSAFE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
@@ -52,7 +52,7 @@ class Message(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """What of a request the chat's user chose; None leaves it to the server."""
+    """The sampling parameters that the user chose. None leaves one to the server."""
 
     temperature: float | None = None
     max_tokens: int | None = None
@@ -62,10 +62,10 @@ class ChatClient:
     """One server. Its errors are InstanceErrors whose message can be shown."""
 
     def __init__(self, url: str, api_key: str | None, sampling: Sampling) -> None:
-        url = url.rstrip("/").removesuffix("/v1")  # other clients' base URL has it
+        url = url.rstrip("/").removesuffix("/v1")  # the base URL that other clients use ends in /v1
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # an answer may wait in the queue for long
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+        timeout = httpx2.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # an answer may wait in the queue for long
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
         self._url = url
         self._sampling = sampling
 
@@ -76,7 +76,7 @@ class ChatClient:
             if response.status_code != 200:
                 raise InstanceError(_refusal(response.status_code, response.content))
             return msgspec.json.decode(response.content, type=_Models).data[0].id
-        except httpx.HTTPError as e:
+        except httpx2.HTTPError as e:
             raise InstanceError(f"no answer from {self._url}: {e or type(e).__name__}") from e
         except (msgspec.DecodeError, msgspec.ValidationError, IndexError) as e:
             raise InstanceError(f"{self._url} does not answer like an OpenAI-compatible server") from e
@@ -94,9 +94,9 @@ class ChatClient:
                 if response.status_code != 200:
                     raise InstanceError(_refusal(response.status_code, response.read()))
                 yield from _pieces(response.iter_lines())
-        except httpx.RemoteProtocolError as e:
+        except httpx2.RemoteProtocolError as e:
             raise InstanceError(_BROKE_OFF) from e
-        except httpx.HTTPError as e:
+        except httpx2.HTTPError as e:
             raise InstanceError(f"the connection to {self._url} broke: {e or type(e).__name__}") from e
 
     def close(self) -> None:
@@ -127,13 +127,13 @@ def _refusal(code: int, body: bytes) -> str:
         error = msgspec.json.decode(body, type=_Chunk).error
     except (msgspec.DecodeError, msgspec.ValidationError):
         error = None
-    # Whatever else answers there may answer with a page
+    # Another kind of server may answer with a web page.
     said = error.message if error is not None else " ".join(body[:500].decode(errors="replace").split())[:200]
     return f"the server refused ({code}): {said}"
 
 
 def talk(client: ChatClient, system: str | None) -> int:
-    """Questions from stdin, one a line, until it ends; answers to stdout. Returns the exit status.
+    """Answer questions from stdin, one a line, on stdout until stdin ends. Returns the exit status.
 
     In a terminal an error ends only the question; in a pipe it ends the chat, with 1.
     """
@@ -177,7 +177,7 @@ def _questions(interactive: bool) -> Iterator[str]:
 
 
 def _print_answer(client: ChatClient, model: str, messages: list[Message]) -> str:
-    """Show the answer as it comes, and return it; Ctrl-C returns what had come."""
+    """Show the answer while it arrives, and return it. Ctrl-C stops it and returns what has arrived."""
     said: list[str] = []
     pieces = client.answer(model, messages)
     try:

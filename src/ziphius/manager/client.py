@@ -1,17 +1,19 @@
-"""Asks a server how it is, for the manager; it decides nothing about what the answer means.
+"""Asks a server how it is, for the manager. What the answer means is decided in `status`.
 
-Plain http.client: importing httpx takes longer than the rest of `ziphius status` together.
+It uses http.client, and imports it only to ask: a library for HTTP takes longer to import than all of `ziphius status`.
 """
 
 from __future__ import annotations
 
-import http.client
-import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ziphius.ipc.messages import LoadProgress
+
+if TYPE_CHECKING:
+    import http.client
 
 _MAX_ANSWER = 1 << 20
 
@@ -32,11 +34,11 @@ class ServerStatus(msgspec.Struct, frozen=True):
     engine_pids: list[int] = []
     version: str | None = None
     error: str | None = None
-    """Why it is going to end."""
+    """Why the server is going to end."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ServerAnswer:
     """What a server said, or why it said nothing."""
 
     status: ServerStatus | None = None
@@ -54,29 +56,31 @@ def base_url(host: str, port: int) -> str:
 
 
 def reachable(host: str) -> str:
-    """A wildcard address is one to listen on, not one to connect to."""
+    """The address to connect to for one to listen on: nobody can connect to a wildcard address."""
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def ask(host: str, port: int, timeout_s: float = 3.0) -> Answer:
+def ask(host: str, port: int, timeout_s: float = 3.0) -> ServerAnswer:
     """GET /status, and /health where it says `ready`. Never raises for what the server does or fails to do."""
+    import http.client  # here: `status` of a server that is stopped does without it
+
     url = base_url(host, port)
     connection = http.client.HTTPConnection(reachable(host), port, timeout=timeout_s)
     try:
         code, body = get(connection, "/status")
         if code != 200:
-            return Answer(problem=f"{url}/status answered {code}")
+            return ServerAnswer(problem=f"{url}/status answered {code}")
         status = msgspec.json.decode(body, type=ServerStatus)
         healthy = status.state == "ready" and get(connection, "/health")[0] == 200
-        return Answer(status, healthy)
+        return ServerAnswer(status, healthy)
     except ConnectionRefusedError:
-        return Answer(problem=f"nothing listens on {url}", listening=False)
+        return ServerAnswer(problem=f"nothing listens on {url}", listening=False)
     except TimeoutError:
-        return Answer(problem=f"{url} did not answer within {timeout_s:g} s")
-    except (socket.gaierror, OSError, http.client.HTTPException) as e:
-        return Answer(problem=f"{url}: {e or type(e).__name__}")
+        return ServerAnswer(problem=f"{url} did not answer within {timeout_s:g} s")
+    except (OSError, http.client.HTTPException) as e:
+        return ServerAnswer(problem=f"{url}: {e or type(e).__name__}")
     except (msgspec.DecodeError, msgspec.ValidationError):
-        return Answer(problem=f"{url} is not a Ziphius server")
+        return ServerAnswer(problem=f"{url} is not a Ziphius server")
     finally:
         connection.close()
 

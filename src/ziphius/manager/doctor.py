@@ -1,4 +1,4 @@
-"""Is this machine fit to serve: facts in, findings with remedies out; it reads facts but changes nothing."""
+"""Whether this machine is ready to serve: the facts about it, and findings with remedies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ziphius.planner.evaluate import LEAST_CAPABILITY
 from ziphius.planner.hardware import Gpu, Host, describe
 from ziphius.planner.memory import GIB, MIB, gib
 
-Status = Literal["ok", "warning", "problem"]
+FindingStatus = Literal["ok", "warning", "problem"]
 LEAST_PYTHON = (3, 11)
 
 
@@ -27,7 +27,7 @@ class Finding:
     """One line of the report. `remedy` is what to do, for all but `ok`."""
 
     name: str
-    status: Status
+    status: FindingStatus
     detail: str
     remedy: str | None = None
 
@@ -43,7 +43,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What `judge` needs to know of a machine."""
+    """The facts about a machine that `judge` needs."""
 
     host: Host
     torch: TorchBuild | None
@@ -89,7 +89,7 @@ def _disk(label: str, path: Path) -> Disk:
 
 
 def _free(path: Path) -> tuple[int | None, Path | None]:
-    """(bytes free, the nearest folder that exists): a folder may yet have to be made."""
+    """(bytes free, the nearest folder that exists): the folder itself may not exist yet."""
     for folder in (path, *path.parents):
         try:
             return shutil.disk_usage(folder).free, folder
@@ -118,7 +118,7 @@ def _port_error(host: str, port: int) -> str | None:
 
 
 def judge(facts: Facts) -> tuple[Finding, ...]:
-    """Every finding, worst or not, in the order of a start."""
+    """Every finding, good or bad, in the order in which a start would meet them."""
     return (
         *_software(facts),
         *_gpus(facts),
@@ -202,7 +202,7 @@ def _memory(facts: Facts) -> Iterable[Finding]:
         yield Finding("memory", "ok", f"{gib(available)} available")
     yield _shm(facts.shm_bytes, len(facts.host.gpus))
     if 0 <= facts.open_files < 4096:
-        status: Status = "problem" if facts.open_files < 1024 else "warning"
+        status: FindingStatus = "problem" if facts.open_files < 1024 else "warning"
         yield Finding("open files", status, f"at most {facts.open_files}",
                       "ulimit -n 65536: each client and each shard takes one")  # fmt: skip
     else:

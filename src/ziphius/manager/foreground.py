@@ -1,4 +1,4 @@
-"""An engine that is a program of its own, in the foreground: it ends with whoever runs it, all of it; no records."""
+"""Runs an engine that is a separate program in the foreground, without a record; none of its processes is left."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def drain_on_signal() -> None:
 
 
 def run(launch: Launch, drain_s: float, *, follows: bool = False) -> int:
-    """Run it to its end, its output being ours; the exit status. SIGTERM, SIGINT and DRAIN_SIGNAL end it in order.
+    """Run it until it ends, and return its exit status. SIGTERM, SIGINT and DRAIN_SIGNAL let it finish its requests.
 
-    `follows`: it is a part of another machine's server and ends when that one has; DRAIN_SIGNAL, which goes to all
-    machines, is for that one: without this part it could finish no request.
-    StartFailed when it cannot be started. In any case nothing of it is left afterwards.
+    `follows`: it is a part of another machine's server and ends after that server. It ignores DRAIN_SIGNAL, which
+    goes to all machines, because the server needs this part to finish its requests.
+    StartFailed when it cannot be started. Afterwards none of its processes is left, in any case.
     """
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, *(() if follows else (DRAIN_SIGNAL,))):
@@ -42,7 +42,7 @@ def run(launch: Launch, drain_s: float, *, follows: bool = False) -> int:
         )
     except OSError as e:
         raise StartFailed(f"cannot start {launch.argv[0]}: {e.strerror}") from e
-    target = process.Target(child.pid, process.identity(child.pid) or "", run_id)
+    target = process.StartedProcess(child.pid, process.identity(child.pid) or "", run_id)
     try:
         while child.poll() is None and not asked:
             try:

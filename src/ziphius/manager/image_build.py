@@ -1,4 +1,4 @@
-"""Builds an Apptainer image of SGLang, in one step or not at all; what Apptainer is told is decided in launchers."""
+"""Builds an Apptainer image of SGLang, completely or not at all. The command comes from `launchers.image`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OnProgress = Callable[[LoadProgress], None]
 
 
 def build(source: str, target: Path, env: Mapping[str, str], on_progress: OnProgress, *, replace: bool) -> ImageRecord:
-    """The image `target`, with its record beside it. ConfigError or ImageError, and nothing new under that name.
+    """Build the image `target` and its record. After a ConfigError or ImageError nothing new has that name.
 
     `replace`: whether an image that is there may be replaced; it stays as it is until the new one is whole.
     """
@@ -46,7 +46,7 @@ def build(source: str, target: Path, env: Mapping[str, str], on_progress: OnProg
     remote = registry.find_remote(source) if source.startswith("docker://") else None
     _check_disk(source, target, env, remote)
     exact = source if remote is None else registry.pinned(source, remote.digest)
-    # Where the build is, so that the last step is a rename. Hidden: it is no image yet.
+    # In the same folder, so that the last step is a rename. Hidden, because it is no image yet.
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         with _unpacking_folder(env) as folder:
@@ -69,7 +69,7 @@ def build(source: str, target: Path, env: Mapping[str, str], on_progress: OnProg
 
 
 def _check_disk(source: str, target: Path, env: Mapping[str, str], remote: registry.RemoteImage | None) -> None:
-    """ImageError, with the numbers, where the image cannot lie in its folder, or be unpacked in Apptainer's."""
+    """ImageError, with the numbers, when a disk is too small for the image, or to unpack it."""
     size = image.source_bytes(source) if remote is None else remote.size_bytes
     if size is None:
         return
@@ -81,7 +81,7 @@ def _check_disk(source: str, target: Path, env: Mapping[str, str], remote: regis
         (target.parent, min(size, unpacked) + _SPARE, "the image"),
         (_temporary(env), unpacked + _SPARE, "unpacking (APPTAINER_TMPDIR names another folder)"),
     ):
-        with contextlib.suppress(OSError):  # a folder that is not there, Apptainer makes or tells of
+        with contextlib.suppress(OSError):  # Apptainer makes a folder that does not exist, or reports it
             free = shutil.disk_usage(folder).free
             if free < needed:
                 raise ImageError(f"{folder} has {free / 1e9:.1f} GB free, and {what} needs about {needed / 1e9:.1f} GB")
@@ -92,14 +92,14 @@ def _temporary(env: Mapping[str, str]) -> Path:
 
 
 def _unpacking_folder(env: Mapping[str, str]) -> tempfile.TemporaryDirectory[str]:
-    """A folder of this build's own, to be removed whole: Apptainer leaves an unpacked image there when it is ended."""
+    """A temporary folder for this build alone: Apptainer leaves an unpacked image there when it is killed."""
     place = _temporary(env)
     place.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(prefix="ziphius-image-", dir=place, ignore_cleanup_errors=True)
 
 
 def _run(command: tuple[str, ...], partial: Path, env: Mapping[str, str], on_progress: OnProgress) -> None:
-    """Apptainer's build to its end. ImageError with its reason; interrupted, it and all that it started is ended."""
+    """Run Apptainer's build until it ends. ImageError with its reason. An interruption ends all its processes."""
     run_id = uuid.uuid4().hex
     with subprocess.Popen(
         command, env={**env, RUN_ID: run_id}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -114,7 +114,9 @@ def _run(command: tuple[str, ...], partial: Path, env: Mapping[str, str], on_pro
                 _tell(lines, partial, on_progress)
                 time.sleep(_POLL_S)
         except BaseException:
-            process.end_tree(process.Target(child.pid, process.identity(child.pid) or "", run_id), process.SETTLE_S)
+            process.end_tree(
+                process.StartedProcess(child.pid, process.identity(child.pid) or "", run_id), process.SETTLE_S
+            )
             raise
         reader.join()
     if child.returncode:
@@ -138,7 +140,7 @@ def _tell(lines: list[str], partial: Path, on_progress: OnProgress) -> None:
 
 
 def _sglang_version(program: str, built: Path, env: Mapping[str, str]) -> str | None:
-    # Without the home of whoever builds: root's hides what an image keeps in /root.
+    # Without the home of the user who builds: root's home would hide what an image keeps in /root.
     inside = (
         program,
         "exec",

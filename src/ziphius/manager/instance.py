@@ -1,7 +1,7 @@
-"""What is on record of each instance, and its states; it starts, asks and signals nothing.
+"""The record of each instance, and the states of an instance.
 
 One folder per name: `record.json` (who was started, how), `server.log` and `server.log.1`, `lock`.
-A record with a pid says that this process should be running; without one, that it was stopped on purpose.
+A record with a pid says that this process should be running. A record without one says that it was stopped on purpose.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOCK_POLL_S = 0.05
 
 
 class State(StrEnum):
-    """STARTING -> RUNNING <-> UNHEALTHY -> STOPPING -> STOPPED, and FAILED from any. UNKNOWN: no evidence to judge."""
+    """STARTING -> RUNNING <-> UNHEALTHY -> STOPPING -> STOPPED, and FAILED from any. UNKNOWN: nothing tells."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -44,7 +44,7 @@ class State(StrEnum):
 
     @property
     def exit_code(self) -> int:
-        """As the LSB wants of `status`: 0 running, 1 dead though it should run, 3 not running, 4 unknown."""
+        """As in the Linux Standard Base: 0 running, 1 dead though it should run, 3 not running, 4 unknown."""
         if self in (State.STARTING, State.RUNNING, State.STOPPING):
             return 0
         return {State.STOPPED: 3, State.FAILED: 1}.get(self, 4)
@@ -59,7 +59,7 @@ class Record:
     pid: int | None
     """None: stopped on purpose."""
     identity: str
-    """Of the process: tells `pid` from a later process of the same number (process.identity)."""
+    """The process' identity, which tells it from a later process with the same pid (see process.identity)."""
     run_id: str
     """In the environment of every process of this start."""
     hostname: str
@@ -71,7 +71,7 @@ class Record:
     """A command that ends what outlives the processes (Launch.cleanup)."""
     predicted_kv_tokens: int | None = None
     job: str | None = None
-    """Slurm's number, for an instance that is one of its jobs (and has no pid here); None once it was stopped."""
+    """Slurm's job number, for an instance that is a Slurm job (and has no pid here). None after it was stopped."""
 
     @property
     def elsewhere(self) -> bool:
@@ -136,9 +136,9 @@ class Instances:
 
     @contextlib.contextmanager
     def lock(self, name: str, verb: str, timeout_s: float = 3.0) -> Iterator[None]:
-        """Only one command at a time changes an instance. InstanceError names the other after `timeout_s`.
+        """Let only one command at a time change an instance. After `timeout_s`, InstanceError names the other command.
 
-        The kernel drops the lock with its holder, so a killed command blocks nobody.
+        The kernel releases the lock when its holder ends, so a killed command blocks nobody.
         """
         folder = self.folder(name)
         try:
@@ -148,7 +148,7 @@ class Instances:
             raise InstanceError(f"cannot use {folder}: {e.strerror}") from e
         with open(descriptor, "r+") as file:
             _acquire(file.fileno(), name, time.monotonic() + timeout_s)
-            with contextlib.suppress(OSError):  # only a hint for the one who waits; a full disk may refuse it
+            with contextlib.suppress(OSError):  # only a hint for a command that waits; a full disk may refuse it
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{verb}, pid {os.getpid()}".encode(), 0)
             yield

@@ -1,4 +1,4 @@
-"""An instance's log file: its end, its growth and its last error; it writes nothing but the rotation."""
+"""An instance's log file: its last lines, its growth, its last error, and its rotation."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ziphius.errors import InstanceError
 
 _ERROR = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:error|critical) +(\S+): (.*)")
 _OF_A_RANK = "engine."
-"""How the sources of a rank's lines begin."""
+"""The names of a rank's loggers begin so."""
 _FOLLOW_POLL_S = 0.2
 _BLOCK = 64 * 1024
 
 
 def rotate(path: Path) -> None:
-    """Keep the last run's log as `.1`, so that the file is the present run's alone."""
+    """Keep the last run's log as `.1`, so that the file holds only the present run."""
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_size:
             os.replace(path, path.with_name(path.name + ".1"))
@@ -38,7 +38,7 @@ def tail(path: Path, lines: int) -> list[str]:
 
 
 def follow(path: Path, lines: int) -> Iterator[str]:
-    """The last `lines` lines, then what is appended, for ever; goes on in the new file after a rotation.
+    """The last `lines` lines, then what is appended, for ever. After a rotation it continues in the new file.
 
     Yields text as it comes, and "" each time that there was nothing new, so that a caller can stop.
     """
@@ -48,7 +48,7 @@ def follow(path: Path, lines: int) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     try:
         while True:
-            # Asked before the read: what the old file got until the rotation is read below, then nothing comes.
+            # Look before the read: whatever was written to the old file before its rotation is then read below.
             replaced = file is None or _replaced(path, file)
             text = decoder.decode(file.read()) if file is not None else ""
             yield text
@@ -66,14 +66,14 @@ def follow(path: Path, lines: int) -> Iterator[str]:
 def last_error(path: Path) -> str | None:
     """Why the run ended, as far as its log says: the last error line, else a crash's last line, else None.
 
-    Several ranks tell their own misfortunes in any order; the frontend, which knows the cause, is believed first.
+    Several ranks report their errors in any order. The frontend knows the cause, so its last error counts first.
     """
     lines = [line for line in tail(path, 400) if line.strip()]
     errors = [match for line in lines if (match := _ERROR.match(line))]
     of_frontend = [match for match in errors if not match[1].startswith(_OF_A_RANK)]
     if errors:
         return (of_frontend or errors)[-1][2]
-    # Nothing was logged as an error: the interpreter's own last words.
+    # Nothing was logged as an error. The interpreter may have written why it ended.
     for line in lines:
         if line.startswith("Fatal Python error:"):
             return line
@@ -90,7 +90,7 @@ def _open(path: Path) -> BinaryIO | None:
 
 
 def _seek_last_lines(file: BinaryIO, lines: int) -> None:
-    """Stand before the last `lines` lines. The end of the last one may be still to come."""
+    """Seek to the start of the last `lines` lines. The last line may be incomplete."""
     position = end = file.seek(0, os.SEEK_END)
     data = b""
     while lines > 0 and position > 0 and data.rstrip(b"\n").count(b"\n") < lines:
@@ -102,7 +102,7 @@ def _seek_last_lines(file: BinaryIO, lines: int) -> None:
 
 
 def _replaced(path: Path, file: BinaryIO) -> bool:
-    """Whether `path` is another file by now, or was cut short."""
+    """Whether `path` has become another file, or was truncated."""
     with contextlib.suppress(FileNotFoundError):
         now, ours = path.stat(), os.fstat(file.fileno())
         return (now.st_ino, now.st_dev) != (ours.st_ino, ours.st_dev) or now.st_size < file.tell()

@@ -1,4 +1,4 @@
-"""The use cases: start, stop, restart, status; it prints nothing, and signals through `process` only."""
+"""The use cases that change instances: start, stop, restart, forget. Only `process` sends signals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,45 +19,35 @@ from ziphius.installation import package_version
 from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers.launcher import Launcher
 from ziphius.manager import logs, process, release, slurm_jobs
-from ziphius.manager.client import Answer
-from ziphius.manager.instance import Instances, Record, State
-from ziphius.manager.status import Status, observe
+from ziphius.manager.client import ServerAnswer
+from ziphius.manager.instance import Record, State
+from ziphius.manager.observer import Observer
+from ziphius.manager.status import InstanceStatus
 from ziphius.manager.watch import Watch, WatchOf, watch_of
 
 _POLL_S = 0.2
 _ASK_TIMEOUT_S = 2.0
 _STOP_S = 90.0
-"""Longer than a stop goes on after the processes have ended: it waits for the memory of GPUs, and the port."""
+"""A stop takes less time than this after the processes have ended, while it waits for the GPUs' memory and the port."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A start that ended well. `already`: it ran before, as asked for; nothing was started."""
+    """A successful start. `already`: the instance ran with the same settings, so nothing was started."""
 
-    status: Status
+    status: InstanceStatus
     already: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where an instance is reached, and with what key."""
-
-    url: str
-    api_key: str | None
 
 
 OnProgress = Callable[[LoadProgress], None]
 OnWait = Callable[[float], None]
-"""Hears how many seconds a stop has waited."""
+"""Called with the seconds that a stop has waited."""
 OnNote = Callable[[str], None]
-"""Hears what a launcher notes of a launch."""
+"""Called with each note of a launcher."""
 
 
-class Manager:
-    """The instances of one home folder. `launcher` is the seam: it says which command an instance is.
-
-    `watch_of`: how an engine that was started is asked, and its end explained.
-    """
+class Manager(Observer):
+    """Starts and stops the instances of one home folder. `launcher` says which command an instance is."""
 
     def __init__(
         self,
@@ -67,33 +57,10 @@ class Manager:
         on_note: OnNote = lambda _line: None,
         watch_of: WatchOf = watch_of,
     ) -> None:
-        self._instances = Instances(home)
+        super().__init__(home, watch_of)
         self._launcher = launcher
         self._env = env
         self._on_note = on_note
-        self._watch_of = watch_of
-
-    def log_path(self, name: str) -> Path:
-        return self._instances.log_path(name)
-
-    def record(self, name: str) -> Record | None:
-        return self._instances.read(name)
-
-    def status(self, name: str) -> Status:
-        """What the evidence says: the record, the process it names, and the server's own answer."""
-        return observe(self._instances, name, self._watch_of)
-
-    def statuses(self) -> list[Status]:
-        return [self.status(name) for name in self._instances.names()]
-
-    def address(self, name: str) -> Address:
-        """InstanceError, with what to do, unless the instance is RUNNING."""
-        status = self.status(name)
-        record = self._instances.read(name)
-        if status.state is not State.RUNNING or record is None or status.url is None:
-            remedy = "`ziphius status` tells more" if status.state.alive else "`ziphius start` starts it"
-            raise InstanceError(f"instance {name} is {status.state}, not running; {remedy}")
-        return Address(status.url, record.resolved.config.api_key)
 
     def start(self, resolved: Resolved, on_progress: OnProgress) -> Started:
         """Start an instance and wait until it is healthy.
@@ -111,8 +78,8 @@ class Manager:
         self._wait_until_healthy(child, record, on_progress)
         return Started(self.status(name), already=False)
 
-    def stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> Status:
-        """End an instance's whole process tree; returns when none of it is left, with the status from before.
+    def stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> InstanceStatus:
+        """End an instance's whole process tree. Returns the status from before, when no process of it is left.
 
         `drain_s` (default: the instance's own) is how long running requests may go on. InstanceError when
         the instance runs on another machine, or a process cannot be ended.
@@ -123,7 +90,7 @@ class Manager:
     def restart(self, name: str, flags: Mapping[str, Any], on_wait: OnWait, on_progress: OnProgress) -> Started:
         """Stop, then start with the settings on record and `flags` on top. InstanceError without a record.
 
-        What can be seen to fail is refused before anything is stopped.
+        A restart that is known to fail is refused before anything is stopped.
         """
         with self._instances.lock(name, "restart"):
             record = self._instances.read(name)
@@ -137,7 +104,7 @@ class Manager:
         return Started(self.status(name), already=False)
 
     def forget(self, name: str) -> None:
-        """Drop the claim that an instance runs, signalling nothing: for one whose machine is gone."""
+        """Record that an instance does not run, without a signal: for an instance whose machine is gone."""
         with self._instances.lock(name, "stop"):
             record = self._instances.read(name)
             if record is not None and not record.elsewhere and self.status(name).state.alive:
@@ -145,24 +112,12 @@ class Manager:
             if record is not None:
                 self._instances.write(replace(record, pid=None, job=None))
 
-    def log_tail(self, name: str, lines: int) -> list[str]:
-        return [self._without_secrets(name, line) for line in logs.tail(self.log_path(name), lines)]
-
-    def log_follow(self, name: str, lines: int) -> Iterator[str]:
-        return (self._without_secrets(name, text) for text in logs.follow(self.log_path(name), lines))
-
-    def _without_secrets(self, name: str, text: str) -> str:
-        """SGLang writes all its settings into its log, the API key among them."""
-        record = self._instances.read(name) if text else None
-        key = None if record is None else record.resolved.config.api_key
-        return text if not key else text.replace(key, "********")
-
     def _same_config(self, resolved: Resolved) -> bool:
         record = self._instances.read(resolved.config.name)
         return record is not None and record.resolved.config == resolved.config
 
     def _launch(self, resolved: Resolved) -> tuple[subprocess.Popen[bytes], Record]:
-        """The part of a start that nobody else may do at the same time; the caller holds the lock."""
+        """The part of a start that needs the lock, which the caller holds."""
         config = resolved.config
         self._refuse_live(config.name)
         self._end_leftovers(config.name)
@@ -189,7 +144,7 @@ class Manager:
                 predicted_kv_tokens=launch.predicted_kv_tokens,
             )
             self._instances.write(record)
-            # Only now does it learn what to do: a server that is on no record cannot be left behind.
+            # The process learns only now what to do, so that a server without a record cannot be left behind.
             process.hand_over(child, launch)
         except BaseException:
             process.kill(child)
@@ -197,8 +152,8 @@ class Manager:
         return child, record
 
     def _look_ahead(self, resolved: Resolved, before: ServeConfig) -> None:
-        """Refuse a launch that cannot be, while what runs with `before` still has its memory and its port."""
-        with contextlib.suppress(LacksMemory):  # it may be there when that is free: the launch plans again
+        """Refuse an impossible launch while the server with the settings `before` still has its memory and its port."""
+        with contextlib.suppress(LacksMemory):  # the old server's memory may suffice: the launch plans again
             self._launcher(resolved, self._env)
         if resolved.config.port != before.port:
             self._refuse_taken_port(resolved.config)
@@ -258,7 +213,7 @@ class Manager:
             raise
 
     def _died(self, record: Record, code: int) -> StartFailed:
-        # A stop that ended it says so when all is over, and holds the lock until then.
+        # If a stop ended it, the stop holds the lock until it has changed the record.
         with self._instances.lock(record.name, "start", _STOP_S):
             now = self._instances.read(record.name)
         if now is None or now.pid != record.pid:
@@ -269,7 +224,7 @@ class Manager:
         return self._watch_of(record.resolved, self.log_path(record.name))
 
     def _undo(self, child: subprocess.Popen[bytes], record: Record) -> None:
-        """Leave nothing running. A child that died by itself stays on record: it has failed, and can say why."""
+        """Leave nothing running. A child that died by itself stays on record, so that its status says why it failed."""
         died = child.poll() is not None
         self._end(record, process.SETTLE_S)
         child.wait()
@@ -278,7 +233,7 @@ class Manager:
                 self._instances.mark_stopped(record.name, child.pid)
 
     def _end(self, record: Record, patience_s: float, on_wait: OnWait | None = None) -> None:
-        """All that a start has started, and what it held: memory of GPUs, the port."""
+        """End all that a start has started, and wait until the GPUs' memory and the port are free."""
         from ziphius.planner.probe import probe_host  # here: `status` does without it
 
         target = _target(record)
@@ -289,7 +244,7 @@ class Manager:
         release.wait_for_memory(held, probe_host)
         release.wait_for_port(config.host, config.port)
 
-    def _stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> Status:
+    def _stop(self, name: str, drain_s: float | None, on_wait: OnWait) -> InstanceStatus:
         before = self.status(name)
         record = self._instances.read(name)
         if record is not None and record.job is not None:
@@ -305,24 +260,24 @@ class Manager:
                 "drop its record with stop --forget)"
             )
         drain = record.resolved.config.drain_timeout if drain_s is None else drain_s
-        # A shorter time than its own it hears of by a second signal, which would break off an idle one's orderly end.
+        # A second signal cuts the server's own drain time short. An idle server ends by itself, and needs none.
         cut_short = drain < record.resolved.config.drain_timeout and (before.running or before.queued)
         self._end(record, drain if cut_short else drain + process.SETTLE_S, on_wait)
         self._instances.write(replace(record, pid=None))
         return before
 
 
-def _target(record: Record) -> process.Target:
+def _target(record: Record) -> process.StartedProcess:
     assert record.pid is not None
-    return process.Target(record.pid, record.identity, record.run_id)
+    return process.StartedProcess(record.pid, record.identity, record.run_id)
 
 
-def _said(answer: Answer) -> str:
+def _said(answer: ServerAnswer) -> str:
     return f": {answer.problem}" if answer.problem else ""
 
 
 def _with_absolute_paths(resolved: Resolved) -> Resolved:
-    """What was given relative to here must still be found by a restart from elsewhere: the model too, if it is here."""
+    """Make relative paths absolute, also a local model's: a restart from another folder must find them."""
     from ziphius.checkpoint.packaged import fetchable_models
     from ziphius.launchers.engines import with_absolute_paths  # here: `status` does without these
 

@@ -1,4 +1,4 @@
-"""Processes: identity, spawning, whole trees, ending them; the only file that signals, and it knows no records."""
+"""Processes: how they are identified, spawned and ended with all their children. No other module sends signals."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import psutil
 from ziphius.errors import InstanceError, StartFailed
 from ziphius.launchers.launcher import RUN_ID, Launch
 
-# Runs the command in its own place once a line has come; with nobody left to send one, it ends.
+# Waits for a line on stdin and then becomes the command. It ends when stdin closes without a line.
 _HELD_BACK = ("/bin/sh", "-c", 'IFS= read -r _ && exec "$@" </dev/null', "ziphius-start")
 _POLL_S = 0.1
 SETTLE_S = 2.0
-"""How long the main process gets to end its last requests after a drain, and its workers after it."""
+"""How long the main process may take to end its last requests after a drain, and its workers after that."""
 _KILL_S = 15.0
 _CLEANUP_S = 60.0
-# As docker tells it. Where its daemon is out of reach, no container was started, or all ended with the daemon.
+# Docker's messages. If its daemon cannot be reached, no container was started, or all ended with the daemon.
 _NOTHING_LEFT = re.compile(r"No such container|connect to the docker (?:daemon|API)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A started process, told from any later one of the same number, and the mark of what belongs to it."""
+class StartedProcess:
+    """A started process, with what tells it from a later process with its pid, and the mark of its children."""
 
     pid: int
     identity: str
@@ -38,10 +38,10 @@ class Target:
 
 
 def identity(pid: int) -> str | None:
-    """What tells this process from any other that ever had its number; None when it is gone, or a zombie.
+    """What tells this process from every other process that ever has its pid. None when it is gone or a zombie.
 
-    On Linux the start time in clock ticks with the boot's id: psutil's creation time is in wall-clock
-    seconds and moves when the clock is set, which would make a live server look like a stranger.
+    On Linux this is the boot's id with the start time in clock ticks. psutil's creation time is in wall-clock
+    seconds and moves when the clock is set, so that a live server would look like another process.
     """
     try:
         process = psutil.Process(pid)
@@ -50,14 +50,14 @@ def identity(pid: int) -> str | None:
         created = str(process.create_time())
         with contextlib.suppress(FileNotFoundError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            # The command's name, in brackets, may hold spaces: fields are counted after the last bracket.
+            # The command's name is in brackets and may hold spaces, so the fields are counted after the last bracket.
             created = f"{boot}:{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
         return created
     except (psutil.NoSuchProcess, ProcessLookupError):
         return None
 
 
-def alive(target: Target) -> bool:
+def alive(target: StartedProcess) -> bool:
     return identity(target.pid) == target.identity
 
 
@@ -83,25 +83,25 @@ def spawn(launch: Launch, log: Path, run_id: str) -> subprocess.Popen[bytes]:
 
 
 def hand_over(process: subprocess.Popen[bytes], launch: Launch) -> None:
-    """Give the process what it waits for. One that has died already shows so where its exit is watched."""
+    """Give the process what it waits for. If it has died already, whoever watches its exit notices."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(b"\n" if launch.stdin is None else launch.stdin)
 
 
 def prepare(launch: Launch) -> None:
-    """Make the folders and private files that a process finds."""
+    """Make the folders and private files that a process needs."""
     for folder in launch.folders:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for file in launch.files:
         file.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file.path.unlink(missing_ok=True)  # one of before might be readable by others
+        file.path.unlink(missing_ok=True)  # an old file might be readable by others
         with open(os.open(file.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as opened:
             opened.write(file.text)
 
 
 def clean_up(command: tuple[str, ...]) -> None:
-    """End what outlives the process tree, by the launch's own command; InstanceError when it says no."""
+    """End what outlives the process tree, by the launch's own command. InstanceError when the command fails."""
     if not command:
         return
     try:
@@ -113,7 +113,7 @@ def clean_up(command: tuple[str, ...]) -> None:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a child that is not on record yet."""
+    """Kill a child that is not on record yet."""
     process.kill()
     process.wait()
 
@@ -130,10 +130,10 @@ def describe_exit(code: int) -> str:
     return f"it was ended by {name}{hint}"
 
 
-def tree(target: Target) -> list[psutil.Process]:
+def tree(target: StartedProcess) -> list[psutil.Process]:
     """All living processes of this start: descendants, the main process' session, and whatever carries its mark.
 
-    Workers whose parent was killed have a new parent, and may have left the session: the mark finds them.
+    Workers whose parent was killed have a new parent and may have left the session. The mark still finds them.
     """
     found: dict[int, psutil.Process] = {}
     main_alive = alive(target)
@@ -148,7 +148,7 @@ def tree(target: Target) -> list[psutil.Process]:
     return [process for process in found.values() if _lives(process)]
 
 
-def resident_bytes(target: Target) -> int:
+def resident_bytes(target: StartedProcess) -> int:
     """Resident memory of the main process and its descendants; pages they share count for each."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -159,7 +159,7 @@ def resident_bytes(target: Target) -> int:
     return total
 
 
-def end_tree(target: Target, patience_s: float, on_wait: Callable[[float], None] | None = None) -> None:
+def end_tree(target: StartedProcess, patience_s: float, on_wait: Callable[[float], None] | None = None) -> None:
     """End every process of this start, and return when none is left. Nothing else is ever signalled.
 
     TERM to the main process, which drains by itself; after `patience_s` a second TERM (no more waiting), KILL
@@ -177,7 +177,7 @@ def end_tree(target: Target, patience_s: float, on_wait: Callable[[float], None]
 
 def _end_main(main: psutil.Process, patience_s: float, on_wait: Callable[[float], None] | None) -> None:
     started = time.monotonic()
-    # Two signals that come together are one to whoever gets them.
+    # A process that gets two signals at once may see only one of them.
     for limit_s in (max(patience_s, _POLL_S), SETTLE_S):
         _signal(main, signal.SIGTERM)
         deadline = time.monotonic() + limit_s
@@ -187,13 +187,13 @@ def _end_main(main: psutil.Process, patience_s: float, on_wait: Callable[[float]
             time.sleep(_POLL_S)
         if not _lives(main):
             return
-    # Its children first: with their parent gone, those that left the session could be found by the mark only.
+    # The children come first: once their parent is gone, only the mark finds those that left the session.
     for process in [*_children(main), main]:
         _signal(process, signal.SIGKILL)
 
 
-def _end_rest(target: Target, members: dict[int, psutil.Process]) -> None:
-    """Workers end when their parent does; whoever does not is killed, newcomers too, until nobody is left."""
+def _end_rest(target: StartedProcess, members: dict[int, psutil.Process]) -> None:
+    """Workers end when their parent does. Kill those that do not, and new ones too, until no process is left."""
     settled = time.monotonic() + SETTLE_S
     deadline = settled + _KILL_S
     while True:
@@ -232,10 +232,10 @@ def _carries(process: psutil.Process, run_id: str) -> bool:
     try:
         return process.environ().get(RUN_ID) == run_id
     except (psutil.Error, OSError):
-        return False  # another user's, or gone meanwhile
+        return False  # it belongs to another user, or has ended meanwhile
 
 
-def _in_session(process: psutil.Process, target: Target) -> bool:
+def _in_session(process: psutil.Process, target: StartedProcess) -> bool:
     try:
         return os.getsid(process.pid) == target.pid
     except OSError:

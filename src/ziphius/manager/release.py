@@ -1,6 +1,6 @@
-"""What a server held besides its processes: memory of GPUs and its port; it waits for both, and signals nobody.
+"""What a server held besides its processes: memory of GPUs and its port. A stop waits until both are free.
 
-The driver takes memory back some time after a process was killed: a start in between would find the GPU full.
+The driver frees memory some time after a process was killed. A start before that would find the GPU full.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _GPU_S = 60.0
 _PORT_S = 5.0
 _POLL_S = 0.2
 _SLACK = 0.9
-"""Of what its processes held, so much must come back: others may have taken some meanwhile."""
+"""This share of what the processes held must become free. Other processes may have taken some meanwhile."""
 
 Probe = Callable[[], Host]
 
 
 @dataclass(frozen=True, slots=True)
 class HeldMemory:
-    """Of one GPU, by the processes of one server."""
+    """Memory of one GPU that the processes of one server hold."""
 
     gpu: int
     pids: frozenset[int]
@@ -36,7 +36,7 @@ class HeldMemory:
 
 
 def held_memory(pids: Iterable[int], probe: Probe) -> tuple[HeldMemory, ...]:
-    """What these processes hold of each GPU now; () without GPUs, or where the driver does not tell by whom."""
+    """What these processes hold of each GPU now; () without GPUs, or when the driver does not tell."""
     ours = frozenset(pids)
     found = []
     for gpu in probe().gpus:
@@ -48,7 +48,7 @@ def held_memory(pids: Iterable[int], probe: Probe) -> tuple[HeldMemory, ...]:
 
 
 def wait_for_memory(held: tuple[HeldMemory, ...], probe: Probe, timeout_s: float = _GPU_S) -> None:
-    """Return when the GPUs have it back. InstanceError, with the numbers, when they do not within `timeout_s`."""
+    """Return when the memory is free again. InstanceError, with the numbers, when it is not within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while held:
         gpus = {gpu.index: gpu for gpu in probe().gpus}
@@ -69,7 +69,7 @@ def wait_for_memory(held: tuple[HeldMemory, ...], probe: Probe, timeout_s: float
 
 
 def wait_for_port(host: str, port: int, timeout_s: float = _PORT_S) -> None:
-    """Return when nobody answers there any more, or after `timeout_s`: by then it is somebody else."""
+    """Return when nothing answers on the port, or after `timeout_s`: by then another program answers."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:

@@ -1,4 +1,4 @@
-"""Watches an SGLang server: its log for the phases, /health for readiness, /metrics for numbers; it changes nothing."""
+"""Watches an SGLang server: its log for the phases, /health for readiness, /metrics for numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ziphius.config import Resolved
 from ziphius.launchers.diagnosis import diagnose, last_exception
 from ziphius.launchers.sglang_log import LogState, read_state
 from ziphius.launchers.sglang_settings import model_name
-from ziphius.manager.client import Answer, ServerStatus, base_url, get, reachable
+from ziphius.manager.client import ServerAnswer, ServerStatus, base_url, get, reachable
 
 _HEALTH_S = 4.0
-"""SGLang's /health generates a token, and looks once a second whether it came: it never answers in less."""
+"""SGLang's /health generates a token, and looks for it once a second, so it never answers faster."""
 _READ = 1 << 20
 _METRIC = re.compile(r"^sglang[:_](\w+)(?:\{[^}]*\})? ([\d.eE+-]+)$", re.MULTILINE)
 
@@ -26,7 +26,7 @@ class SglangWatch:
         self._config = resolved.config
         self._log = log
 
-    def ask(self, timeout_s: float) -> Answer:
+    def ask(self, timeout_s: float) -> ServerAnswer:
         state = read_state(_ends_of(self._log))
         host, port = self._config.host, self._config.port
         url = base_url(host, port)
@@ -36,13 +36,13 @@ class SglangWatch:
         except ConnectionRefusedError:
             return _not_ready(state, f"nothing listens on {url}", listening=False)
         except TimeoutError:
-            # While it starts it answers 503 at once, so this is no start.
-            return Answer(problem=f"{url}/health did not answer in time: it computes a long prompt, or hangs")
+            # A server that is starting answers 503 at once, so this one is not starting.
+            return ServerAnswer(problem=f"{url}/health did not answer in time: it computes a long prompt, or hangs")
         except (OSError, http.client.HTTPException) as e:
             return _not_ready(state, f"{url}/health: {e or type(e).__name__}")
         else:
             if code == 200:
-                return Answer(self._status("ready", state, connection), healthy=True)
+                return ServerAnswer(self._status("ready", state, connection), healthy=True)
             return _not_ready(state, f"{url}/health answered {code}")
         finally:
             connection.close()
@@ -75,7 +75,7 @@ class _Numbers:
 
 
 def _metrics(connection: http.client.HTTPConnection) -> _Numbers:
-    """What /metrics tells; nothing where it does not answer: the server's health was asked by another question."""
+    """The numbers of /metrics. None of them is known when it does not answer; the server may still be healthy."""
     try:
         code, body = get(connection, "/metrics/")
     except (OSError, http.client.HTTPException):
@@ -98,16 +98,18 @@ def _metrics(connection: http.client.HTTPConnection) -> _Numbers:
     )
 
 
-def _not_ready(state: LogState, problem: str, listening: bool = True) -> Answer:
+def _not_ready(state: LogState, problem: str, listening: bool = True) -> ServerAnswer:
     if state.draining:
-        return Answer(ServerStatus(state="draining"), problem=problem, listening=listening)
+        return ServerAnswer(ServerStatus(state="draining"), problem=problem, listening=listening)
     if not state.was_healthy:
-        return Answer(ServerStatus(state="loading", progress=state.progress), problem=problem, listening=listening)
-    return Answer(problem=problem, listening=listening)
+        return ServerAnswer(
+            ServerStatus(state="loading", progress=state.progress), problem=problem, listening=listening
+        )
+    return ServerAnswer(problem=problem, listening=listening)
 
 
 def _ends_of(path: Path) -> str:
-    """The log's beginning, where the start is told, and its end, where the troubles are."""
+    """The log's beginning, which tells of the start, and its end, which tells of errors."""
     try:
         with path.open("rb") as file:
             data = file.read(_READ)

@@ -1,4 +1,4 @@
-"""Instances that are jobs of Slurm: submitting one, and what it is doing; ending one is Manager.stop's."""
+"""Instances that are jobs of Slurm: submits one, and says what it is doing. `Manager.stop` ends one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ziphius.installation import package_version
 from ziphius.launchers.slurm import Allocation, batch_script
 from ziphius.manager import logs, slurm_jobs
 from ziphius.manager.instance import Instances, Record
-from ziphius.manager.status import Status, observe
+from ziphius.manager.status import InstanceStatus, observe
 from ziphius.manager.watch import watch_of
 
 
 class SlurmInstances:
-    """`home` must be seen by every node, as homes on a cluster are."""
+    """Every node must see the folder `home`, as is usual on a cluster."""
 
     def __init__(self, home: Path, env: Mapping[str, str]) -> None:
         self._instances = Instances(home)
@@ -29,8 +29,8 @@ class SlurmInstances:
     def script(self, resolved: Resolved, allocation: Allocation) -> str:
         return batch_script(resolved, allocation, self._instances.folder(resolved.config.name), self._env)
 
-    def submit(self, resolved: Resolved, allocation: Allocation) -> Status:
-        """The new job's status. AlreadyRunning or another InstanceError; then nothing was submitted."""
+    def submit(self, resolved: Resolved, allocation: Allocation) -> InstanceStatus:
+        """Submit a job and return its status. After AlreadyRunning or another InstanceError nothing was submitted."""
         name = resolved.config.name
         with self._instances.lock(name, "slurm"):
             before = observe(self._instances, name, watch_of)

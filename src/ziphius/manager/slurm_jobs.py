@@ -1,4 +1,4 @@
-"""Jobs of Slurm: submit, look, end, through its own programs; it knows no instances."""
+"""Jobs of Slurm: submits, looks up and ends them with Slurm's own programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ziphius.launchers.slurm import DRAIN_SIGNAL
 _ANSWER_S = 30.0
 _POLL_S = 0.5
 _END_S = 120.0
-"""Slurm kills what does not end KillWait (30 s, where nobody changed it) after it was told to."""
+"""Slurm kills a job that has not ended KillWait seconds (30 by default) after it was told to end."""
 _OVER = (
     "COMPLETED",
     "CANCELLED",
@@ -32,11 +32,11 @@ WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What Slurm says of a job."""
+class SlurmJob:
+    """What Slurm says about a job."""
 
     state: str
-    """Its word, as PENDING, RUNNING, COMPLETING, CANCELLED."""
+    """Slurm's word: PENDING, RUNNING, COMPLETING, CANCELLED and others."""
     reason: str
     head: str | None
     """The first node, where the API is; None before it has nodes."""
@@ -48,12 +48,12 @@ class Job:
 
 
 def submit(script: str, env: Mapping[str, str]) -> str:
-    """The new job's number. InstanceError with Slurm's own words when it refuses."""
+    """Submit a job and return its number. InstanceError with Slurm's own words when it refuses."""
     told = _run(["sbatch", "--parsable"], script, env)
     return told.strip().partition(";")[0]
 
 
-def look(job: str) -> Job | None:
+def look(job: str) -> SlurmJob | None:
     """None for a job that Slurm does not know (any more). InstanceError when Slurm does not answer."""
     try:
         told = _run(["scontrol", "show", "job", "--oneliner", job])
@@ -63,11 +63,11 @@ def look(job: str) -> Job | None:
         raise
     fields = dict(re.findall(r"(\w+)=(\S*)", told))
     head = fields.get("BatchHost") or None
-    return Job(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), head, fields.get("ExitCode", ""))
+    return SlurmJob(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), head, fields.get("ExitCode", ""))
 
 
 def end(job: str, drain_s: float, on_wait: Callable[[float], None] | None = None) -> None:
-    """Return when the job is over: its servers drain for `drain_s`; then Slurm ends it."""
+    """End a job, and return when it is over. Its servers drain for `drain_s`, then Slurm ends it."""
     started = time.monotonic()
     found = look(job)
     if found is not None and found.state == "RUNNING":

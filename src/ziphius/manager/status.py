@@ -1,26 +1,29 @@
-"""What an instance is doing, derived from evidence each time it is asked; it changes nothing and stores nothing."""
+"""What an instance is doing, derived from evidence each time. It is never stored."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ziphius.errors import InstanceError
 from ziphius.ipc.messages import LoadProgress
-from ziphius.manager import process, slurm_jobs
-from ziphius.manager.client import Answer, base_url
+from ziphius.manager.client import ServerAnswer, base_url
 from ziphius.manager.instance import Instances, Record, State
 from ziphius.manager.watch import Watch, WatchOf
 
+if TYPE_CHECKING:
+    from ziphius.manager import process
+
 _ASK_S = 3.0
 _BIND_S = 15.0
-"""So long a young process may take before it listens; an older one that does not is unhealthy."""
+"""A new process may take this long before it listens. An older one that does not listen is unhealthy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """One instance, as `status --json` prints it. None: not known, or it makes no sense in this state."""
+class InstanceStatus:
+    """One instance, as `status --json` prints it. None: not known, or without a meaning in this state."""
 
     name: str
     state: State
@@ -45,22 +48,22 @@ class Status:
     job: str | None = None
     """Slurm's number of the job that it is."""
     memory_bytes: int | None = None
-    """Resident, of the whole process tree."""
+    """Resident memory of the whole process tree."""
     progress: LoadProgress | None = None
     log: str | None = None
 
 
-def observe(instances: Instances, name: str, watch_of: WatchOf) -> Status:
+def observe(instances: Instances, name: str, watch_of: WatchOf) -> InstanceStatus:
     """STARTING, RUNNING, UNHEALTHY or STOPPING of a live process; STOPPED, FAILED or UNKNOWN otherwise."""
     try:
         record = instances.read(name)
     except InstanceError as e:
-        return Status(name=name, state=State.UNKNOWN, reason=e.message)
+        return InstanceStatus(name=name, state=State.UNKNOWN, reason=e.message)
     if record is None:
-        return Status(name=name, state=State.STOPPED, reason="it was never started")
+        return InstanceStatus(name=name, state=State.STOPPED, reason="it was never started")
     config = record.resolved.config
     log = instances.log_path(name)
-    known = Status(
+    known = InstanceStatus(
         name=name,
         state=State.STOPPED,
         host=config.host,
@@ -76,18 +79,22 @@ def observe(instances: Instances, name: str, watch_of: WatchOf) -> Status:
         return known
     if record.elsewhere:
         return replace(known, state=State.UNKNOWN, reason=f"it was started on another machine, {record.hostname}")
-    target = process.Target(record.pid, record.identity, record.run_id)
+    from ziphius.manager import process  # here: one that is stopped has no process to look at
+
+    target = process.StartedProcess(record.pid, record.identity, record.run_id)
     watch = watch_of(record.resolved, log)
     if process.alive(target):
         live = _live(replace(known, pid=record.pid, url=base_url(config.host, config.port)), record, target, watch)
         if live.state is not State.UNHEALTHY or process.alive(target):
             return live
-        # It did not answer because it died just then.
+        # It did not answer because it has just died.
     gone = f"process {record.pid} is gone without a word: it was killed, or ended by a reboot"
     return replace(known, state=State.FAILED, reason=watch.last_words() or gone)
 
 
-def _of_job(known: Status, record: Record, log: Path, watch_of: WatchOf) -> Status:
+def _of_job(known: InstanceStatus, record: Record, log: Path, watch_of: WatchOf) -> InstanceStatus:
+    from ziphius.manager import slurm_jobs
+
     assert record.job is not None
     try:
         job = slurm_jobs.look(record.job)
@@ -101,7 +108,7 @@ def _of_job(known: Status, record: Record, log: Path, watch_of: WatchOf) -> Stat
         ended = f"job {record.job} is {job.state}, exit code {job.exit_code}"
         if job.state in slurm_jobs.ENDED_WELL:
             return replace(known, state=State.STOPPED, reason=ended)
-        # Slurm's own reasons (time, memory, a node) outrank what the server wrote when it was ended for them.
+        # Slurm's reasons (time, memory, a node) count more than what the server wrote when Slurm ended it for them.
         said = watch.last_words() if job.state == "FAILED" else None
         return replace(known, state=State.FAILED, reason=said or ended)
     if job.state in slurm_jobs.WAITING or job.head is None:
@@ -109,20 +116,22 @@ def _of_job(known: Status, record: Record, log: Path, watch_of: WatchOf) -> Stat
         return replace(known, state=State.STARTING, progress=progress)
     if job.state == "COMPLETING":
         return replace(known, state=State.STOPPING)
-    # What listens on all addresses of the first node is reached by that node's name.
+    # The server listens on all addresses of the first node, so that node's name reaches it.
     config = replace(record.resolved.config, host=job.head)
     known = replace(known, url=base_url(job.head, config.port))
     answer = watch_of(replace(record.resolved, config=config), log).ask(_ASK_S)
     return _told(known, answer, max(0.0, time.time() - record.started_at), always_starting=not answer.listening)
 
 
-def _live(known: Status, record: Record, target: process.Target, watch: Watch) -> Status:
+def _live(known: InstanceStatus, record: Record, target: process.StartedProcess, watch: Watch) -> InstanceStatus:
+    from ziphius.manager import process
+
     answer = watch.ask(_ASK_S)
     known = replace(known, memory_bytes=process.resident_bytes(target))
     return _told(known, answer, max(0.0, time.time() - record.started_at))
 
 
-def _told(known: Status, answer: Answer, age_s: float, always_starting: bool = False) -> Status:
+def _told(known: InstanceStatus, answer: ServerAnswer, age_s: float, always_starting: bool = False) -> InstanceStatus:
     state, reason = (State.STARTING, None) if always_starting else _judged(answer, age_s)
     said = answer.status
     known = replace(known, state=state, reason=reason, uptime_s=age_s)
@@ -142,7 +151,7 @@ def _told(known: Status, answer: Answer, age_s: float, always_starting: bool = F
     )
 
 
-def _judged(answer: Answer, age_s: float) -> tuple[State, str | None]:
+def _judged(answer: ServerAnswer, age_s: float) -> tuple[State, str | None]:
     """The state of a live process, from what it answers."""
     said = answer.status
     if said is None:

@@ -1,4 +1,4 @@
-"""Why an instance ends: one cause brings others about, and this finds the one to tell; it watches nothing itself."""
+"""Why an instance ends: one failure causes others, and this finds the one to report."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 _SETTLE_S = 1.0
-"""How long what may be a mere consequence waits for its cause."""
+"""A failure that may be only a consequence waits this long for its cause."""
 
 
 class Cause(IntEnum):
-    """The most telling first: what comes later may follow from what comes before."""
+    """The most telling kind first: a later kind may be the consequence of an earlier one."""
 
     TOLD = 0
-    """A rank said what is wrong, and it is not that others are gone."""
+    """A rank said what is wrong, and it is not the loss of other ranks."""
     KILLED = 1
     """A rank was ended by a signal."""
     SILENT = 2
     """A rank or a node does not answer."""
     STUCK = 3
-    """Every rank answers, and none gets on."""
+    """Every rank answers, but none makes progress."""
     GONE = 4
-    """A rank or a node ended without a word."""
+    """A rank or a node ended without a message."""
     LOST = 5
     """A rank could not reach the others."""
 
@@ -42,13 +42,13 @@ class Failures:
         self._some = asyncio.Event()
 
     def report(self, failure: Failure) -> None:
-        """Of equally telling ones the first counts."""
+        """Among failures of one kind the first counts."""
         if self._best is None or failure.cause < self._best.cause:
             self._best = failure
         self._some.set()
 
     async def first(self) -> Failure:
-        """The failure to tell; waits until there is one, and a moment more where that may be a consequence."""
+        """Wait for a failure and return it. Wait a moment longer when it may be a consequence of another one."""
         await self._some.wait()
         assert self._best is not None
         if self._best.cause >= Cause.GONE:

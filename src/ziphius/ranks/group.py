@@ -1,6 +1,6 @@
-"""RankGroup: the rank processes of this machine: started, watched by their exits and beats, ended; it picks no cause.
+"""RankGroup: the rank processes of this machine: started, watched by their exits and beats, and ended.
 
-Needs an event loop. Failures go to the `Failures` it is given; whoever reads those decides what happens.
+Needs an event loop. Failures go to the `Failures` it is given; their reader decides what happens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ziphius.ranks.workers import EngineProcess
 
 
 class RankGroup:
-    """Use as: `start`, then `stop` whatever happened between."""
+    """Call `start`, and `stop` in the end whatever happened."""
 
     def __init__(self, config: ServeConfig, folder: Path, failures: Failures) -> None:
-        """`folder`: this server's own, for sockets."""
+        """`folder`: this server's private folder, for sockets."""
         self._config = config
         self._failures = failures
         self._receiver = BeatReceiver(beats_address(folder))
@@ -44,12 +44,12 @@ class RankGroup:
         return [] if self._watch is None else self._watch.news()
 
     def heard_of(self, beats: Sequence[Beat]) -> None:
-        """Another machine's news."""
+        """Take in the news of another machine."""
         if self._watch is not None:
             self._watch.heard_of(beats)
 
     async def start(self, specs: Sequence[WorkerSpec]) -> None:
-        """OSError when a process cannot be started; those before it are there then, and `stop` ends them."""
+        """OSError when a process cannot be started. `stop` then ends those that were started before it."""
         environment = {**os.environ, **rank_environment(self._config, os.environ)}
         for spec in specs:
             self._ranks[spec.rank] = await EngineProcess.spawn(spec, environment)
@@ -59,7 +59,7 @@ class RankGroup:
         self._tasks = [asyncio.create_task(each) for each in work]
 
     async def stop(self) -> None:
-        """See all of them end: they were told to, or were killed; else they lose their stdin, else they are killed."""
+        """Wait until all have ended. Those that do not end in time lose their stdin, and are killed in the end."""
         await self._cancel()
         await asyncio.gather(*(process.stop() for process in self._ranks.values()))
         self._receiver.close()
@@ -91,7 +91,7 @@ class RankGroup:
         while True:
             await asyncio.sleep(interval)
             now = loop.time()
-            # Time in which this process did not run either says nothing about the ranks.
+            # Time in which this process itself did not run says nothing about the ranks.
             failure = watch.wait(min(now - before, 2 * interval))
             before = now
             if failure is not None:

@@ -1,7 +1,7 @@
-"""Heartbeat: a rank's thread that tells the frontend that it lives, and the rank's last words; it judges nobody.
+"""Heartbeat: a rank's thread that tells the frontend that the rank lives, and its last message.
 
-Its own thread, so that a rank which computes, loads or waits for others keeps answering. A stopped process answers
-no more, whatever it was doing: that is how it is told from those that wait for it.
+It is a separate thread, so that a rank still answers while it computes, loads or waits for others. A stopped process
+never answers: this is how the frontend tells it from the ranks that wait for it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ SERVING = "serving"
 
 
 def beat_interval(rank_timeout_s: float) -> float:
-    """Seconds between beats: often enough that several must be missing before a rank counts as hung."""
+    """Seconds between beats. Several must be missing before a rank counts as hung."""
     return min(1.0, rank_timeout_s / 5)
 
 
 class Heartbeat:
-    """Beats from `start` to `stop`. What it tells of the rank is set from the rank's own thread."""
+    """Sends beats from `start` to `stop`. The rank's main thread sets what they say."""
 
     def __init__(self, address: str, rank: int, interval_s: float) -> None:
         self._rank = rank
@@ -35,19 +35,19 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.phase = STARTING
         self.busy: Callable[[], bool] = _no
-        """Whether a step has not ended yet; asked in the heartbeat's thread."""
+        """Whether a step has not ended yet. The heartbeat's thread calls it."""
         self.collectives: Callable[[], int] = int
-        """How many the rank has entered."""
+        """How many collectives the rank has entered."""
 
     def start(self) -> None:
         self._thread.start()
 
     def fail(self, error: ZiphiusError) -> None:
-        """The rank's last words."""
+        """Send the rank's last message."""
         self._sender.send(RankFailed(rank=self._rank, error=type(error).__name__, message=error.message))
 
     def stop(self) -> None:
-        """Ends the thread; what was said is on its way."""
+        """End the thread. What was sent before still arrives."""
         self._stopping.set()
         self._thread.join()
         self._sender.close()

@@ -1,4 +1,4 @@
-"""Which ranks run on which machine, and what each is told: pure, no torch; it starts and connects nothing."""
+"""Which ranks run on which machine, and the WorkerSpec of each. It needs no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RankLayout:
 
 
 def rank_layout(config: ServeConfig) -> RankLayout:
-    """What --tp, --nnodes and --node-rank say together. ConfigError when they contradict one another."""
+    """The layout that --tp, --nnodes and --node-rank describe. ConfigError when they contradict each other."""
     tp, nnodes, node_rank = config.tp, config.nnodes, config.node_rank
     if tp % nnodes:
         raise ConfigError(
@@ -69,10 +69,10 @@ def parse_address(text: str) -> tuple[str, int]:
 def rank_specs(
     config: ServeConfig, model_path: str, folder: Path, rendezvous: str = "", store_fd: int = -1
 ) -> list[WorkerSpec]:
-    """What each rank of this machine is told. `folder` is this server's own.
+    """The spec of each rank of this machine. `folder` is this server's private folder.
 
     `rendezvous`: tcp://IP:PORT of rank 0's store, where ranks run on several machines; `store_fd`: the socket that
-    listens there, for rank 0 to inherit. On one machine a file in `folder` does, so that no port is needed.
+    listens there, for rank 0 to inherit. On one machine a file in `folder` is enough, so no port is needed.
     """
     layout = rank_layout(config)
     batches = f"ipc://{folder}/batches.sock"
@@ -100,12 +100,12 @@ def beats_address(folder: Path) -> str:
 
 
 def rank_environment(config: ServeConfig, environment: Mapping[str, str]) -> Mapping[str, str]:
-    """What to add to the environment of ranks that talk to others; what the caller has set stays as it is.
+    """The variables to add to the environment of ranks that talk to other machines. The caller's own values stay.
 
-    GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: the interface of the way to machine 0. gloo would look the host's own name
-    up, which leads nowhere on many machines. NCCL_NVLS_ENABLE 0, TORCH_SYMM_MEM_DISABLE_MULTICAST 1: no NVLink
+    GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME: the network interface that leads to machine 0. gloo would look up the
+    host's own name, which fails on many machines. NCCL_NVLS_ENABLE 0, TORCH_SYMM_MEM_DISABLE_MULTICAST 1: no NVLink
     multicast, which needs services on the host that a container cannot count on. torch would set it up for memory that
-    ranks share, whether it is used or not, and fail where it cannot be (vllm-project/vllm#25937).
+    ranks share, even when it is not used, and fail where this is impossible (vllm-project/vllm#25937).
     """
     if config.tp == 1:
         return {}
@@ -119,7 +119,7 @@ def rank_environment(config: ServeConfig, environment: Mapping[str, str]) -> Map
 
 
 def own_address(host: str, port: int) -> str:
-    """This machine's IP address on the way to `host`. ConfigError when there is no way."""
+    """The IP address from which this machine reaches `host`. ConfigError when there is no route."""
     try:
         family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -130,18 +130,18 @@ def own_address(host: str, port: int) -> str:
 
 
 def interface_of(address: str) -> str:
-    """The network interface that has `address`; "" when it cannot be told."""
+    """The network interface that has `address`; "" when it is not known."""
     interfaces = psutil.net_if_addrs()
     for name, addresses in interfaces.items():
         if any(each.address.partition("%")[0] == address for each in addresses):
             return name
-    if address.startswith("127."):  # the whole block is the loopback's, which has one address of it
+    if address.startswith("127."):  # the whole block belongs to the loopback interface, which has one address of it
         return interface_of(_LOOPBACK) if address != _LOOPBACK else ""
     return ""
 
 
 def config_of_node(config: ServeConfig, own: ServeConfig) -> ServeConfig:
-    """Machine 0's `config` for the machine of `own`, which keeps what may differ: which it is, its paths, its cores."""
+    """Machine 0's `config` for the machine of `own`. That machine keeps its own node rank, paths and cores."""
     return replace(
         config, model=own.model, node_rank=own.node_rank, threads=own.threads, dist_init_addr=own.dist_init_addr
     )

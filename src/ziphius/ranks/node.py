@@ -1,4 +1,4 @@
-"""serve_node(): a machine other than the first: its ranks only, no HTTP; it and node 0 end together."""
+"""serve_node(): the server of a machine other than the first. It has ranks but no HTTP, and ends with node 0."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RETRY_S = 0.5
 
 
 def serve_node(config: ServeConfig) -> int:
-    """Run this machine's ranks until node 0 ends (0 when it was asked to, else 1) or this is told to stop (0).
+    """Run this machine's ranks. Returns 0 when this node or node 0 was told to stop, and 1 when node 0 ended otherwise.
 
     ConfigError or ModelError before anything is started. Call it in the main thread, with logging configured.
     """
@@ -91,7 +91,7 @@ class _Node:
         os._exit(128 + number)
 
     async def _join(self) -> tuple[NodeLink, NodeWelcome]:
-        """StartFailed when node 0 does not come, refuses, or goes away."""
+        """StartFailed when node 0 does not answer, refuses, or goes away."""
         link = await self._connect()
         link.send(hello_of(self._config, self._checkpoint))
         limit = self._config.start_timeout
@@ -150,7 +150,7 @@ class _Node:
     def _tell_end(
         self, link: NodeLink, failing: asyncio.Task[Failure], told_to_stop: asyncio.Task[object]
     ) -> int:  # fmt: skip
-        """Tell node 0 and the log why this node ends: the exit code."""
+        """Tell node 0 and the log why this node ends. Returns the exit code."""
         if self._ended.is_set():
             if not self._end_message:
                 _log.info("node 0 has ended")

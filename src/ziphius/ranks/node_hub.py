@@ -1,4 +1,4 @@
-"""NodeHub: node 0's side of several machines: lets the others join, tells them to start and to end, hears them.
+"""NodeHub: node 0's side of an instance on several machines: it lets the other nodes join, start and end.
 
 It starts no process. What goes wrong with a node goes to the `Failures` it is given.
 """
@@ -34,10 +34,10 @@ _log = logging.getLogger(__name__)
 
 
 class NodeHub:
-    """Use as: `open`, `all_joined`, `welcome`; `close` whatever happened between."""
+    """Call `open`, `all_joined` and `welcome`, and `close` in the end whatever happened."""
 
     def __init__(self, config: ServeConfig, own: NodeHello, failures: Failures) -> None:
-        """`own`: what the other nodes must say of themselves, but for their number."""
+        """`own`: the other nodes must introduce themselves with the same values, except for their number."""
         self._config = config
         self._own = own
         self._failures = failures
@@ -48,7 +48,7 @@ class NodeHub:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.on_beats: Callable[[list[Beat]], None] = _ignore
-        """Hears what the other nodes hear of their ranks."""
+        """Called with the beats that the other nodes get from their ranks."""
 
     async def open(self) -> None:
         """Listen at --dist-init-addr. PortInUse when that cannot be."""
@@ -71,7 +71,7 @@ class NodeHub:
         return socket.create_server((address, 0), family=family, backlog=128)
 
     async def all_joined(self, on_join: Callable[[int, int], None]) -> None:
-        """Wait for every node; `on_join` hears (joined, all). StartFailed when it takes longer than --start-timeout."""
+        """Wait for every node. `on_join` is called with (joined, all). StartFailed after --start-timeout."""
         others = self._config.nnodes - 1
         try:
             async with asyncio.timeout(self._config.start_timeout):
@@ -86,13 +86,13 @@ class NodeHub:
             ) from None
 
     def welcome(self, rendezvous: str) -> None:
-        """Every node starts its ranks. From now on a node that goes away ends the instance."""
+        """Tell every node to start its ranks. From now on the instance ends when a node goes away."""
         self._started = True
         for link in self._links.values():
             link.send(NodeWelcome(config=without_secrets(self._config), rendezvous=rendezvous))
 
     async def close(self, message: str) -> None:
-        """Tell every node to end; `message`: why, "" when it was asked for."""
+        """Tell every node to end. `message`: why, or "" when the user asked for it."""
         for task in self._tasks:
             task.cancel()
         for task in list(self._tasks):
@@ -113,7 +113,7 @@ class NodeHub:
         self._spawn(self._attend(NodeLink(reader, writer)))
 
     async def _attend(self, link: NodeLink) -> None:
-        """One connection, to its end."""
+        """Serve one connection until it ends."""
         try:
             async with asyncio.timeout(HELLO_S):
                 hello = await link.receive()
@@ -132,7 +132,7 @@ class NodeHub:
         await self._hear(node, link)
 
     def _refusal(self, hello: NodeHello) -> str:
-        """Why that node cannot join, or ""."""
+        """The reason why that node cannot join, or ""."""
         own = self._own
         for what, theirs, ours in (
             ("Ziphius", hello.version, own.version),
@@ -180,4 +180,4 @@ class NodeHub:
 
 
 def _ignore(beats: list[Beat]) -> None:
-    """Nobody wants to know."""
+    """The default: ignore who joins."""

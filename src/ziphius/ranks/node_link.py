@@ -1,7 +1,7 @@
-"""What machines (nodes) of one instance say to each other, and the TCP connection they say it on; it judges nothing.
+"""What machines (nodes) of one instance say to each other, and the TCP connection between them.
 
-One connection from each node to node 0: messages as msgpack, each behind its length in four bytes. It is neither
-encrypted nor authenticated, like the traffic of the ranks themselves: it belongs on a network of one's own.
+One connection from each node to node 0: messages as msgpack, each after its length in four bytes. It is neither
+encrypted nor authenticated, like the traffic of the ranks themselves, so it needs a private network.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ziphius.ranks.failures import Cause
 _LENGTH = struct.Struct("!I")
 _LARGEST = 1 << 20
 HELLO_S = 10.0
-"""Whoever connects must have introduced itself by then."""
+"""A node that connects must introduce itself within this time."""
 
 
 class NodeHello(msgspec.Struct, tag=True, kw_only=True):
-    """A node asks to join. All but `node_rank` must be the same everywhere."""
+    """A node asks to join. All values except `node_rank` must be the same on every node."""
 
     node_rank: int
     nnodes: int
     tp: int
     version: str
     model: str
-    """`model_digest` of its checkpoint."""
+    """The result of `model_digest` for its checkpoint."""
 
 
 class NodeWelcome(msgspec.Struct, tag=True, kw_only=True):
     """Every node is there: start your ranks, now."""
 
     config: ServeConfig
-    """Node 0's, without its API key: settings need not be repeated on the other nodes."""
+    """Node 0's settings without its API key, so that the other nodes need not repeat them."""
     rendezvous: str
     """WorkerSpec.rendezvous."""
 
@@ -49,7 +49,7 @@ class NodeRefused(msgspec.Struct, tag=True, kw_only=True):
 
 
 class NodeBeat(msgspec.Struct, tag=True, kw_only=True):
-    """A node lives; `beats`: the last one of each of its ranks that has beaten since the last message."""
+    """A sign of life of a node. `beats`: the last beat of each of its ranks since the last message."""
 
     beats: list[Beat] = []
 
@@ -62,7 +62,7 @@ class NodeFailed(msgspec.Struct, tag=True, kw_only=True):
 
 
 class NodeEnd(msgspec.Struct, tag=True, kw_only=True):
-    """Node 0 ends, and so must all. `message` is "" when it was told to stop."""
+    """Node 0 ends, and all nodes must end. `message` is "" when it was told to stop."""
 
     message: str
 
@@ -80,13 +80,13 @@ class NodeLink:
         self._decoder = msgspec.msgpack.Decoder(NodeMessage)
 
     def send(self, message: NodeMessage) -> None:
-        """Returns at once. Nothing happens when the other end has gone: `receive` tells."""
+        """Send without waiting. It does nothing when the other end has gone, which `receive` reports."""
         if not self._writer.is_closing():
             data = self._encoder.encode(message)
             self._writer.write(_LENGTH.pack(len(data)) + data)
 
     async def receive(self) -> NodeMessage | None:
-        """The next message; None once the other end has gone, or says what no node says."""
+        """Wait for the next message. None once the other end has gone, or sends what is no message."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if length > _LARGEST:
@@ -97,7 +97,7 @@ class NodeLink:
         return message
 
     async def close(self) -> None:
-        """What was sent goes out first, as far as the other end takes it within a second."""
+        """Close the connection. What was sent before still goes out if the other end reads it within a second."""
         self._writer.close()
         try:
             await asyncio.wait_for(self._writer.wait_closed(), 1.0)

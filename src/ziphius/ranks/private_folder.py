@@ -1,7 +1,7 @@
-"""A server's own folder for its sockets: made, held while the server lives, cleared away once it is gone.
+"""A server's own folder for its sockets: made at its start, and removed when it has ended.
 
-A server that was killed cannot clear up; the next one of the same user does. A lock tells which folders are in use: it
-goes with the process that holds it, however that ends.
+A server that was killed cannot remove its folder, so the next server of the same user does. A lock tells which folders
+are in use: the kernel releases it when its process ends in any way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SOCKET_PATH_LIMIT = 90
 
 
 def private_folder() -> Path:
-    """A new folder that only this user can enter, with a path short enough for a socket; this process' until it ends.
+    """A new folder that only this user can enter, with a path short enough for a socket. It is this process' own.
 
     Remove it with everything in it. Folders of servers that were killed are removed here.
     """
@@ -31,14 +31,14 @@ def private_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     new = folder / f"{_LOCK}.new"
     _lock(new)  # never closed: the lock ends with the process
-    new.rename(folder / _LOCK)  # held before others find it, and take the folder for abandoned
+    new.rename(folder / _LOCK)  # locked before others can find the folder and think that it is abandoned
     return folder
 
 
 def _remove_abandoned(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            # Without a lock it is somebody else's, or is being made at this moment.
+            # A folder without a lock file is not ours, or is being made at this moment.
             own = folder.lstat().st_uid == os.getuid() and not folder.is_symlink()
             if not own or not (folder / _LOCK).exists():
                 continue
@@ -48,7 +48,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Hold the file; OSError when another process does. The open file, to be closed to let go."""
+    """Lock the file and return it open; closing it releases the lock. OSError when another process has locked it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

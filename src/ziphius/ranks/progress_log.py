@@ -1,4 +1,4 @@
-"""ProgressLog: progress as lines of the log, no more of them than a person can use; it shows nothing else."""
+"""ProgressLog: writes progress into the log, with few enough lines for a person to read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INTERVAL_S = 5.0
 
 
 class ProgressLog:
-    """Call it with each LoadProgress: a phase's first is written, and then one every few seconds."""
+    """Call it with each LoadProgress. It writes the first one of a phase, and then one every few seconds."""
 
     def __init__(self) -> None:
         self._phase = ""

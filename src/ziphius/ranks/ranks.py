@@ -1,4 +1,4 @@
-"""Ranks: all of an instance's ranks, here and on other machines, as node 0's server sees them; it serves no request."""
+"""Ranks: all of an instance's ranks, here and on other machines, as node 0's server sees them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ziphius.ranks.node_link import NodeHello, model_digest
 
 
 class Ranks:
-    """Use as: `start`, `failure`; `stop` whatever happened between."""
+    """Call `start` and `failure`, and `stop` in the end whatever happened."""
 
     def __init__(self, config: ServeConfig, folder: Path, on_progress: Callable[[LoadProgress], None]) -> None:
-        """`folder`: this server's own, for sockets."""
+        """`folder`: this server's private folder, for sockets."""
         self._config = config
         self._folder = folder
         self._on_progress = on_progress
@@ -30,7 +30,7 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        """Of the ranks on this machine, in order."""
+        """One for each rank on this machine, in order."""
         return self._group.pids
 
     async def start(self, checkpoint: Checkpoint) -> None:
@@ -54,11 +54,11 @@ class Ranks:
         self._hub.welcome(rendezvous)
 
     async def failure(self) -> Failure:
-        """Why the ranks cannot go on; waits until they cannot."""
+        """Wait until the ranks cannot go on, and return why."""
         return await self._failures.first()
 
     async def stop(self, message: str) -> None:
-        """See every rank end, here and on the other nodes; `message`: why, "" when it was asked for."""
+        """End every rank, here and on the other nodes. `message`: why, or "" when the user asked for it."""
         if self._hub is not None:
             await self._hub.close(message)
         await self._group.stop()
@@ -69,7 +69,7 @@ class Ranks:
 
 
 def hello_of(config: ServeConfig, checkpoint: Checkpoint) -> NodeHello:
-    """What a node says of itself."""
+    """How a node introduces itself."""
     return NodeHello(
         node_rank=config.node_rank,
         nnodes=config.nnodes,

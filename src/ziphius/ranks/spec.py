@@ -1,4 +1,4 @@
-"""WorkerSpec: what a rank process is told, and the command and environment that start it; no torch, starts nothing."""
+"""WorkerSpec: what a rank process is told, and the command and environment that start it. It needs no torch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     """A folder in Hugging Face format or a .gguf file; already fetched."""
     address: str
-    """Of rank 0's channel (ziphius.ipc.sockets)."""
+    """The address of rank 0's channel (ziphius.ipc.sockets)."""
     rank: int = 0
-    """Of `config.tp`."""
+    """0 to `config.tp` - 1."""
     device_index: int = 0
-    """Which of the GPUs that CUDA shows is this rank's."""
+    """The index of this rank's GPU among those that CUDA shows."""
     beats: str = ""
-    """Where the rank tells that it lives (ziphius.ipc.sockets); "" when nobody listens."""
+    """The address to which the rank sends its beats (ziphius.ipc.sockets); "" when nobody listens."""
     rendezvous: str = ""
     """Where ranks find each other: file:PATH, or tcp://IP:PORT of rank 0's store."""
     batches: str = ""
-    """Where rank 0 binds for its batches."""
+    """The address at which rank 0 sends its batches."""
     store_fd: int = -1
     """rank 0: an inherited socket that listens on the port of `rendezvous`."""
 
@@ -42,7 +42,7 @@ def encode_spec(spec: WorkerSpec) -> bytes:
 
 
 def decode_spec(line: bytes) -> WorkerSpec:
-    """msgspec.ValidationError or msgspec.DecodeError when `line` is no WorkerSpec."""
+    """Raises msgspec.ValidationError or msgspec.DecodeError when `line` is no WorkerSpec."""
     return msgspec.json.decode(line, type=WorkerSpec)
 
 
@@ -71,13 +71,13 @@ def cpu_threads(config: ServeConfig) -> int:
 
 
 def worker_environment(config: ServeConfig) -> Mapping[str, str]:
-    """What to add to the environment of a worker; OpenMP and numba read it when they load, so not later.
+    """The variables to add to the environment of a worker. OpenMP and numba read them only when they load.
 
     OMP_NUM_THREADS, MKL_NUM_THREADS, NUMBA_NUM_THREADS: the rank's threads (see `cpu_threads`).
-    OPENBLAS_NUM_THREADS: 1, numpy's matrix products are not used.
-    GOMP_SPINCOUNT, KMP_BLOCKTIME: how long a thread that has nothing to do spins before it sleeps. Short, because
-    the HTTP process shares the cores and waits while an idle thread spins; not zero, because waking costs more
-    than the pause between two products of one step.
+    OPENBLAS_NUM_THREADS: 1, because numpy's matrix products are not used.
+    GOMP_SPINCOUNT, KMP_BLOCKTIME: how long an idle thread spins before it sleeps. Short, because the HTTP process
+    shares the cores and waits while an idle thread spins. Not zero, because to wake a thread takes longer than the
+    pause between two products of one step.
     MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_: keep freed tensors of up to 32 MiB, 128 MiB in all, for the next
     step: glibc would give those of a step's logits back to the system each time, and clearing new pages costs more
     than computing with them.

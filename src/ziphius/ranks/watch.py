@@ -1,4 +1,4 @@
-"""RankWatch: from beats and the time between them to which rank hangs; it has no clock, no socket and no process."""
+"""RankWatch: it finds the rank that hangs from the beats and the time between them."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from ziphius.ranks.failures import Cause, Failure
 from ziphius.ranks.heartbeat import SERVING, STARTING, beat_interval
 
 _STARTING_S = 60.0
-"""Importing torch holds the interpreter, and with it the heartbeat, for seconds; on a slow disk for longer."""
+"""The import of torch blocks the interpreter, and so the heartbeat, for seconds; on a slow disk for longer."""
 
 
 class RankWatch:
-    """Judges the silence of this machine's ranks, and whether all ranks together get on.
+    """Judges whether this machine's ranks are silent, and whether all ranks together make progress.
 
     A stopped process is silent. A rank that waits for a stopped one in a collective still beats, so it is not blamed.
-    Where every rank beats and yet none gets on, the one that has entered the fewest collectives is behind.
+    When every rank beats but none makes progress, the rank that has entered the fewest collectives is behind.
     """
 
     def __init__(self, names: Mapping[int, str], timeout_s: float) -> None:
-        """`names`: this machine's ranks, and what to call them."""
+        """`names`: the name of each of this machine's ranks."""
         self._names = names
         self._timeout_s = timeout_s
         self._silent_s = dict.fromkeys(names, 0.0)
-        """Of every rank that is known, other machines' too."""
+        """Seconds without a beat of every known rank, also of those on other machines."""
         self._still_s = 0.0
         self._beats: dict[int, Beat] = {}
         self._untold: dict[int, Beat] = {}
 
     def news(self) -> list[Beat]:
-        """The last beat of each of this machine's ranks that has beaten since the last call: a silent one has none."""
+        """The last beat of each of this machine's ranks since the last call. A silent rank has none."""
         news = list(self._untold.values())
         self._untold.clear()
         return news
 
     def heard(self, beat: Beat) -> None:
-        """One of this machine's ranks lives."""
+        """Take in a beat of one of this machine's ranks."""
         if beat.rank in self._names:
             self._untold[beat.rank] = beat
             self._take(beat)
 
     def heard_of(self, beats: Iterable[Beat]) -> None:
-        """Another machine's `news`; the silence of its ranks is its matter to judge."""
+        """Take in another machine's `news`. That machine itself judges whether its ranks are silent."""
         for beat in beats:
             if beat.rank not in self._names:
                 self._take(beat)
 
     def wait(self, seconds: float) -> Failure | None:
-        """`seconds` have passed, and all there was to be heard was heard: what is wrong, if anything."""
+        """Judge after `seconds` have passed and all messages were read. Returns what is wrong, if anything."""
         for rank in self._silent_s:
             self._silent_s[rank] += seconds
         return self._silence() or self._standstill(seconds)
@@ -79,7 +79,7 @@ class RankWatch:
             self._still_s = 0.0
             return None
         self._still_s += seconds
-        # A rank that falls silent holds the others up: whoever judges its silence can say more.
+        # A silent rank blocks the others, and the judgement of its silence says more.
         if self._still_s <= self._timeout_s or max(self._silent_s.values()) > 2 * beat_interval(self._timeout_s):
             return None
         entered = {beat.rank: beat.collectives for beat in beats}

@@ -1,4 +1,4 @@
-"""The engine's processes as the frontend sees them: spawned with a spec, watched, ended; it reads no message."""
+"""The engine's processes as the frontend sees them: spawned with a spec, watched and ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PATIENCE_S = 5.0
 
 
 class EngineProcess:
-    """One rank. It ends when its stdin does, so it cannot outlive this process."""
+    """One rank's process. It ends when its stdin is closed, so it cannot outlive this process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         """Use `spawn`."""
@@ -24,7 +24,7 @@ class EngineProcess:
 
     @classmethod
     async def spawn(cls, spec: WorkerSpec, environment: Mapping[str, str]) -> EngineProcess:
-        """Start a rank; its output goes where this process' output goes. OSError when that is not possible."""
+        """Start a rank, whose output goes where this process' output goes. OSError when it cannot be started."""
         process = await asyncio.create_subprocess_exec(
             *worker_command(),
             stdin=asyncio.subprocess.PIPE,
@@ -43,12 +43,12 @@ class EngineProcess:
         return self._process.pid
 
     async def wait(self) -> tuple[int, str]:
-        """Until it has ended: (return code, below 0 for a signal; how, in words)."""
+        """Wait until it has ended. Returns (exit code, below 0 for a signal; a description in words)."""
         code = await self._process.wait()
         return code, describe_exit(self.pid, code)
 
     async def stop(self) -> None:
-        """See it end: it was told to; else it loses its stdin; else it is killed."""
+        """Wait until it has ended. If it does not end in time, its stdin is closed, and then it is killed."""
         assert self._process.stdin is not None
         if await self._ended():
             return
@@ -59,7 +59,7 @@ class EngineProcess:
             await self._process.wait()
 
     async def _ended(self) -> bool:
-        """Whether it ends within a few seconds."""
+        """Wait a few seconds. Returns whether it has ended."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), _PATIENCE_S)
             return True
@@ -67,7 +67,7 @@ class EngineProcess:
 
 
 def describe_exit(pid: int, returncode: int) -> str:
-    """For a person: `returncode` is negative for a signal."""
+    """A description for a person. `returncode` is negative for a signal."""
     if returncode >= 0:
         return f"the engine process {pid} ended with exit code {returncode}"
     try:

@@ -1,4 +1,4 @@
-"""Request: one request's tokens and how far it has come; it decides no step and owns no page."""
+"""Request: one request's tokens, its position and its state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NO_ROW = -1
 
 class RequestState(Enum):
     WAITING = "waiting"
-    """In the queue, new or preempted: no row, no pages."""
+    """In the queue, new or preempted. It has no row and no pages."""
     RUNNING = "running"
-    """Has a row and pages; may be part of a step."""
+    """It has a row and pages, and may be part of a step."""
     FINISHED = "finished"
-    """Its terminal output is told. Keeps row and pages while a step that it is part of is in flight."""
+    """Its last output has been sent. It keeps its row and pages while a step in flight uses them."""
 
 
 @dataclass(slots=True)
@@ -28,11 +28,11 @@ class Holding:
     """A running request's pages. Written by `RequestPages` only."""
 
     node: RadixNode
-    """Locked: where its pages in the prefix cache end."""
+    """The node where its pages in the prefix cache end. It is locked."""
     pages: list[int]
     """Its page table."""
     num_shared: int
-    """The first so many of `pages` belong to the prefix cache, the rest to the request."""
+    """This many of the first `pages` belong to the prefix cache, the rest to the request."""
 
     @property
     def num_private(self) -> int:
@@ -43,8 +43,8 @@ class Holding:
 class Request:
     """One request from `add` to its terminal output, and a little longer while a step is in flight.
 
-    Positions: 0 <= computed <= launched <= len(tokens) + samples_in_flight. The KV of the last sampled token is
-    computed by the step after, so a finished request has it for all tokens but that one.
+    Invariant: 0 <= computed <= launched <= len(tokens) + samples_in_flight. The KV of the last sampled token is
+    computed by the next step, so a finished request has the KV of all tokens but that one.
     """
 
     rid: str
@@ -53,7 +53,7 @@ class Request:
     """Prompt and answer."""
     prompt_length: int
     max_length: int
-    """Most tokens that prompt and answer may have together."""
+    """The most tokens that prompt and answer may have together."""
     stop_ids: frozenset[int]
     state: RequestState = RequestState.WAITING
     row: int = NO_ROW
@@ -67,12 +67,12 @@ class Request:
     steps_in_flight: int = 0
     samples_in_flight: int = 0
     keeps_prefix: bool = True
-    """False once a step of it failed: its pages must not be reused."""
+    """False once a step with it has failed: its pages must not be reused."""
     cached_tokens: int | None = None
-    """From the prefix cache when first admitted; None before."""
+    """How many tokens came from the prefix cache when it was first admitted; None before."""
     preemptions: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Not yet told."""
+    """Collected, and not yet sent."""
 
     @classmethod
     def from_message(cls, add: AddRequest, context_length: int, eos_token_ids: frozenset[int]) -> Request:
@@ -94,17 +94,17 @@ class Request:
 
     @property
     def last_token_is_in_flight(self) -> bool:
-        """Whether the steps in flight already bring all tokens it may have."""
+        """Whether the steps in flight will give it all tokens that it may have."""
         return len(self.tokens) + self.samples_in_flight >= self.max_length
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """They go with the first token: who has one has been told."""
+        """Whether prompt log-probabilities must still be sent. They go out with the first token."""
         return self.sampling.prompt_logprobs_from >= 0 and len(self.tokens) == self.prompt_length
 
     @property
     def max_cached_tokens(self) -> int:
-        """The most that may come from the prefix cache: the rest must be computed for its logits."""
+        """The most tokens that may come from the prefix cache. The rest must be computed for its logits."""
         if self.wants_prompt_logprobs:
             return min(len(self.tokens) - 1, max(0, self.sampling.prompt_logprobs_from - 1))
         return len(self.tokens) - 1
@@ -114,7 +114,7 @@ class Request:
         return len(self.tokens) - self.prompt_length
 
     def begin(self, row: int, cached_tokens: int) -> None:
-        """Admitted to `row`, with the KV of its first `cached_tokens` there."""
+        """Admit it to `row`. The KV of its first `cached_tokens` is in the cache already."""
         self.state = RequestState.RUNNING
         self.row = row
         self.prefill_end = len(self.tokens)
@@ -124,25 +124,25 @@ class Request:
             self.cached_tokens = cached_tokens
 
     def requeue(self) -> None:
-        """Preempted. A step in flight may still bring a token; the rest is computed again."""
+        """Preempt it. A step in flight may still give it a token; the rest is computed again."""
         self.state = RequestState.WAITING
         self.prefill_end = self.launched = self.computed = 0
         self.preemptions += 1
 
-    def launch(self, num_tokens: int) -> Launch:
-        """Its next `num_tokens` go into a step."""
+    def launch(self, num_tokens: int) -> LaunchedRow:
+        """Put its next `num_tokens` into a step."""
         self.launched += num_tokens
         self.steps_in_flight += 1
         samples = self.launched >= self.prefill_end and not self.last_token_is_in_flight
         self.samples_in_flight += samples
-        return Launch(self, self.row, self.launched, samples)
+        return LaunchedRow(self, self.row, self.launched, samples)
 
-    def land(self, launch: Launch) -> None:
-        """That step is over."""
+    def land(self, launch: LaunchedRow) -> None:
+        """Take in that a step has ended."""
         self.steps_in_flight -= 1
         self.samples_in_flight -= launch.samples
         if self.holding is not None:
-            # Of an aborted request, a step may end beyond the tokens that were taken.
+            # For an aborted request, a step may end after the tokens that were kept.
             self.computed = min(launch.end, len(self.tokens))
 
     def finish_after(self, token_id: int) -> Finish | None:
@@ -154,7 +154,7 @@ class Request:
         return None
 
     def sampling_for_row(self) -> SamplingParams:
-        """What the ranks are to do; without prompt log-probabilities when a resumed request has told them."""
+        """The sampling parameters for the ranks. A resumed request does not ask for prompt log-probabilities again."""
         if self.sampling.prompt_logprobs_from >= 0 and not self.wants_prompt_logprobs:
             return msgspec.structs.replace(self.sampling, prompt_logprobs_from=-1)
         return self.sampling
@@ -162,7 +162,7 @@ class Request:
     def output(
         self, token_ids: list[int], logprob: TokenLogprob | None = None, finish: Finish | None = None
     ) -> RequestOutput:
-        """Its news; takes along the prompt log-probabilities collected so far."""
+        """Its output for one step, with the prompt log-probabilities collected so far."""
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, []
         return RequestOutput(
             rid=self.rid,
@@ -175,11 +175,11 @@ class Request:
         )
 
 
-class Launch(msgspec.Struct, frozen=True):
+class LaunchedRow(msgspec.Struct, frozen=True):
     """One request's part of a step in flight. A Struct, because one is made for each row of each step."""
 
     request: Request
     row: int
     end: int
-    """Its tokens in the cache after the step."""
+    """How many of its tokens are in the cache after the step."""
     samples: bool

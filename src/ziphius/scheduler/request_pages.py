@@ -1,4 +1,4 @@
-"""RequestPages: who holds which page. The only place that takes pages from the pool or gives them back."""
+"""RequestPages: which request holds which page. Only this class takes pages from the pool or gives them back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ziphius.scheduler.request import Holding, Request
 class RequestPages:
     """Every page is free (the pool's), cached (the prefix cache's) or held (one request's own).
 
-    `release` alone takes pages away from a request. Only KV that a finished step has computed is ever cached.
+    `release` alone takes pages away from a request. Only KV that a finished step has computed is cached.
     """
 
     def __init__(self, num_pages: int, page_size: int, prefix_cache: bool) -> None:
@@ -31,13 +31,13 @@ class RequestPages:
 
     @property
     def num_reclaimable(self) -> int:
-        """Cached pages that no request reads at present."""
+        """Cached pages that no request uses now."""
         return self._cache.num_evictable
 
     def admit(self, request: Request, reserve: int) -> Holding | None:
         """Give `request` its longest cached prefix, and pages for all its tokens.
 
-        None, and nothing changes, unless `reserve` pages would remain for others.
+        Returns None and changes nothing unless `reserve` pages would remain for others.
         """
         max_pages = request.max_cached_tokens // self._page_size if self._prefix_cache else 0
         match = self._cache.match(request.tokens, max_pages)
@@ -51,14 +51,14 @@ class RequestPages:
         return request.holding
 
     def expected_growth(self, request: Request, tokens: int) -> int:
-        """Pages that a running request will ask for while it decodes `tokens` more, or till its end."""
+        """The pages that a running request will need to decode `tokens` more tokens, or fewer if it ends before."""
         assert request.holding is not None
         # The KV of an answer's last token is never computed.
         end = min(max(request.launched, request.prefill_end) + tokens, request.max_length - 1)
         return max(0, -(-end // self._page_size) - len(request.holding.pages))
 
     def has_room(self, request: Request) -> bool:
-        """Whether the page of its next token is there."""
+        """Whether it has the page for its next token."""
         assert request.holding is not None
         return request.launched < len(request.holding.pages) * self._page_size
 
@@ -71,9 +71,9 @@ class RequestPages:
         return fresh
 
     def share(self, request: Request) -> None:
-        """Offer its full computed pages to others while it goes on using them.
+        """Put its full computed pages into the cache for others while it still uses them.
 
-        Not when the cache has got some of these tokens from elsewhere: the request would keep two copies there.
+        This is not done when the cache has some of these tokens from another request: there would be two copies.
         """
         holding = request.holding
         assert holding is not None
@@ -118,7 +118,7 @@ class RequestPages:
         return pages
 
     def _num_cacheable(self, request: Request) -> int:
-        """Its leading pages that are full of KV fit for reuse."""
+        """The number of its first pages that are full of KV which others may reuse."""
         return request.computed // self._page_size if self._prefix_cache and request.keeps_prefix else 0
 
     def _take(self, count: int, reserve: int = 0) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""RequestQueue: the requests that wait, in the order in which they will be admitted; it admits nothing itself."""
+"""RequestQueue: the requests that wait, in the order in which they will be admitted."""
 
 from __future__ import annotations
 

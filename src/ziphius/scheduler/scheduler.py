@@ -1,12 +1,13 @@
-"""Scheduler: which requests take part in the next step, and what becomes of them; it computes and sends nothing.
+"""Scheduler: which requests take part in the next step, and what each has after it.
 
 The loop around it: `schedule`, run the batch, `update` (or `fail`). The next `schedule` may come before that
-`update`, so that it costs nothing while the step runs: a request in flight is scheduled on without its newest
-token, which the ranks have. Batches run in the order in which they were scheduled, and are updated in that order.
+`update`, so that scheduling costs no time while the step runs: a request in flight is scheduled again without
+its newest token, which the ranks have. Batches run, and are updated, in the order in which they were scheduled.
 
 Order is arrival. Requests are admitted strictly first come, first served, the youngest is preempted first and
-returns to the front of the queue; so every running request is older than every waiting one, and the oldest always
-gets on. Decoding never waits for prompts, nor prompts for decoding: the budget of a step counts prompt tokens only.
+returns to the front of the queue; so every running request is older than every waiting one, and the oldest
+always makes progress. Decoding never waits for prompts, nor prompts for decoding, because the budget of a step counts
+prompt tokens only.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Scheduler:
 
     num_pages, page_size: the KV cache, in pages and in tokens a page.
     max_running_requests: rows of the ranks' table; rows are 0..max_running_requests-1.
-    chunked_prefill_size: most prompt tokens in a step, over all requests.
-    context_length: most tokens of a request, prompt and answer; never more than the whole cache holds.
-    reserved_tokens: how far running requests must be able to decode for another one to be admitted.
+    chunked_prefill_size: the most prompt tokens in a step, over all requests.
+    context_length: the most tokens of a request, prompt and answer, and never more than the cache holds.
+    reserved_tokens: another request is admitted only if the running ones can still decode so many tokens.
     """
 
     def __init__(
@@ -50,16 +51,16 @@ class Scheduler:
         self._page_size = page_size
         self._chunked_prefill_size = chunked_prefill_size
         self._reserved_tokens = reserved_tokens
-        # So any request fits when it is alone, and running out of pages always has someone to preempt.
+        # So any request fits when it is alone, and when pages run out there is always a request to preempt.
         self._context_length = min(context_length, num_pages * page_size)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._requests: dict[str, Request] = {}  # waiting or running
         self._queue = RequestQueue()
         self._running: dict[int, Request] = {}  # by row, oldest first
-        self._draining: dict[int, Request] = {}  # by row: finished, but part of a step in flight
+        self._draining: dict[int, Request] = {}  # by row: finished requests that are still part of a step in flight
         self._free_rows = list(range(max_running_requests - 1, -1, -1))
         self._in_flight: deque[StepPlan] = deque()
-        self._outputs: list[RequestOutput] = []  # not yet handed out
+        self._outputs: list[RequestOutput] = []  # not yet returned
         self._totals = EngineStats(pages_total=num_pages, page_size=page_size)
 
     @property
@@ -68,7 +69,7 @@ class Scheduler:
         return bool(self._requests or self._in_flight or self._outputs)
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request. One that can never run gets an `error` with the next outputs."""
+        """Queue a request. A request that can never run ends with `error` in the next outputs."""
         prompt_length = len(request.prompt_ids)
         if request.rid in self._requests:
             self._refuse(request.rid, f"request id {request.rid} is in use")
@@ -82,7 +83,7 @@ class Scheduler:
             self._queue.append(queued)
 
     def abort(self, rid: str, message: str | None = None) -> None:
-        """End a request with `abort`, told with the next outputs. Nothing happens when it has ended already."""
+        """End a request with `abort` in the next outputs. Nothing happens when it has ended already."""
         request = self._requests.get(rid)
         if request is not None:
             self._outputs.append(self._finish(request, Finish(kind="abort", message=message)))
@@ -92,12 +93,12 @@ class Scheduler:
             self.abort(rid, message)
 
     def take_outputs(self) -> list[RequestOutput]:
-        """Outputs that no `update` has handed out yet: of aborts, and of requests refused by `add`."""
+        """Return the outputs that no `update` has returned yet: of aborts, and of requests that `add` refused."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
     def schedule(self) -> ScheduledBatch | None:
-        """The next step. None when nobody can go on before a step in flight is updated, or nobody is there."""
+        """The next step. None when there is no request, or none can go on before a step in flight is updated."""
         plan = StepPlan(self._totals.steps + 1)
         pages_suffice = self._plan_decodes(plan)
         budget = self._plan_started_prompts(plan, self._chunked_prefill_size)
@@ -129,7 +130,7 @@ class Scheduler:
         return outputs
 
     def fail(self, batch: ScheduledBatch, message: str) -> list[RequestOutput]:
-        """The oldest step in flight raised: its requests end with `error`, and nothing of theirs is cached from now."""
+        """The oldest step in flight raised. Its requests end with `error`, and their pages are never cached."""
         outputs = self.take_outputs()
         for launch in self._landing(batch).launches:
             request = launch.request
@@ -167,11 +168,11 @@ class Scheduler:
         return self._pages.owners([*self._running.values(), *self._draining.values()])
 
     def _plan_decodes(self, plan: StepPlan) -> bool:
-        """One token of each request past its prompt, oldest first; False when pages ran out on the way."""
+        """Plan one token for each request that decodes, oldest first. False when the pages do not suffice."""
         pages_suffice = True
         for request in list(self._running.values()):
             if request.state is not RequestState.RUNNING:
-                break  # preempted for an older one, and so are all after it
+                break  # it was preempted for an older request, as all after it were
             if request.is_prefilling or request.last_token_is_in_flight:
                 continue
             new_pages: list[int] | None = []
@@ -185,23 +186,23 @@ class Scheduler:
         return pages_suffice
 
     def _plan_started_prompts(self, plan: StepPlan, budget: int) -> int:
-        """The next chunks of prompts begun in an earlier step, oldest first; returns the budget left."""
+        """Plan the next chunks of prompts that an earlier step began, oldest first. Returns the rest of the budget."""
         for request in self._running.values():
             if budget and request.is_prefilling:
                 budget -= plan.add_chunk(request, budget, [])
         return budget
 
     def _plan_admissions(self, plan: StepPlan, budget: int) -> None:
-        """Admit from the front of the queue while budget, rows and pages last, and nobody overtakes.
+        """Admit requests from the front of the queue while budget, rows and pages last. No request overtakes another.
 
-        The pages that running requests will need next stay in reserve, so that admitting does not preempt at once.
+        The pages that running requests will need next are reserved, so that a new request does not preempt one at once.
         """
         if not (budget and self._free_rows and self._queue):
             return
         reserve = sum(self._pages.expected_growth(other, self._reserved_tokens) for other in self._running.values())
         while budget and self._free_rows:
             request = self._queue.head
-            # A preempted one with a step in flight will have one token more.
+            # A preempted request with a step in flight will get one more token.
             if request is None or request.steps_in_flight:
                 return
             holding = self._pages.admit(request, reserve)
@@ -221,8 +222,8 @@ class Scheduler:
         self._running[request.row] = request
 
     def _preempt_for(self, request: Request) -> list[int] | None:
-        """A page for `request`, from the youngest; None when it must wait a step, or was itself the youngest."""
-        while not self._draining:  # these give theirs back with the next update: cheaper to wait
+        """A page for `request`, taken from the youngest. None when it must wait a step, or is the youngest itself."""
+        while not self._draining:  # finished requests give back pages with the next update, so waiting is cheaper
             _, youngest = self._running.popitem()
             self._release(youngest)
             youngest.requeue()
@@ -273,7 +274,7 @@ class Scheduler:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        """Take row and pages from a request: the one place where they are freed."""
+        """Take row and pages from a request. They are freed nowhere else."""
         self._pages.release(request)
         self._free_rows.append(request.row)
         request.row = NO_ROW

@@ -1,4 +1,4 @@
-"""A step: its plan while the scheduler makes it, and what came of it; it decides nothing."""
+"""A step: its plan while the scheduler makes it, and its result."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ziphius.ipc.messages import NewRow, RowWork, ScheduledBatch, TokenLogprob
-from ziphius.scheduler.request import Launch, Request
+from ziphius.scheduler.request import LaunchedRow, Request
 
 
 class Sampled(NamedTuple):
     token_id: int
     logprob: TokenLogprob | None
-    """Where the request asked for it."""
+    """None unless the request asked for it."""
 
 
 @dataclass(slots=True)
@@ -27,16 +27,16 @@ class StepResult:
 
 @dataclass(slots=True)
 class StepPlan:
-    """A step in the making, then in flight: the integers for the ranks, and whose they are."""
+    """A step that is being planned or in flight: the integers for the ranks, and the requests that they belong to."""
 
     step: int
     new_rows: list[NewRow] = field(default_factory=list)
     work: list[RowWork] = field(default_factory=list)
-    launches: list[Launch] = field(default_factory=list)
+    launches: list[LaunchedRow] = field(default_factory=list)
     """Parallel to `work`."""
 
     def add_row(self, request: Request, pages: list[int]) -> None:
-        """`request` has just been admitted, with cached `pages`."""
+        """Add the row of a `request` that has just been admitted, with cached `pages`."""
         self.new_rows.append(
             NewRow(
                 row=request.row,
@@ -56,7 +56,7 @@ class StepPlan:
         )
 
     def add_chunk(self, request: Request, budget: int, new_pages: list[int]) -> int:
-        """As much of its prompt as `budget` tokens allow; returns how many."""
+        """Add as much of its prompt as `budget` tokens allow. Returns how many tokens that is."""
         position = request.launched
         end = min(position + budget, request.prefill_end)
         launch = request.launch(end - position)

@@ -1,4 +1,4 @@
-"""ChatTemplate: messages into the model's prompt format; the template is a stranger's code, so it runs sandboxed."""
+"""ChatTemplate: messages become the model's prompt. A template is untrusted code and runs in a sandbox."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ziphius.errors import CheckpointError, InvalidRequest
 from ziphius.tokenizer.files import TokenizerFiles
 
 _CONTINUE_HERE = "ZIPHIUS_CONTINUES_HERE "
-"""Put after the final message to find its end; the space shows whether the template strips messages."""
+"""Appended to the final message to find its end. Its space shows whether the template strips messages."""
 
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
                     RecursionError)  # fmt: skip
-"""What a template can raise: its own refusals, and Python's when a message has not the shape it expects."""
+"""What a template can raise: its own errors, and Python's when a message does not have the shape that it expects."""
 
 
 class ChatTemplate:
@@ -58,8 +58,8 @@ class ChatTemplate:
         """The prompt for `messages` (plain JSON types; text content as one string).
 
         `add_generation_prompt` opens the assistant's turn. `continue_final_message` instead leaves the
-        final message open, so that the answer goes on from its end; then the former does not apply.
-        InvalidRequest (param `messages`) when the template refuses or cannot take the messages.
+        final message open, so that the answer continues it; `add_generation_prompt` is then ignored.
+        InvalidRequest (param `messages`) when the template rejects the messages.
         """
         if not continue_final_message:
             return self._render(messages, add_generation_prompt, tools)

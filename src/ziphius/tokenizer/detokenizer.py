@@ -1,4 +1,4 @@
-"""IncrementalDetokenizer: a stream of token ids into a stream of text; it looks for no stop strings."""
+"""IncrementalDetokenizer: it turns a stream of token ids into a stream of text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ziphius.tokenizer.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """The text of one answer as its tokens come, in time proportional to the new tokens only.
+    """The text of one answer while its tokens arrive. Each push takes time proportional to the new tokens only.
 
-    For any split of ids into pushes, the pieces joined equal `Tokenizer.decode` of all of them.
+    However the ids are split into pushes, the joined pieces equal `Tokenizer.decode` of all of them.
     `continues_text`: the ids follow a prompt, so a leading space is the text's own and stays (it matters
     for Llama 2's kind of tokenizer, whose `decode` takes one away).
     """
@@ -25,12 +25,12 @@ class IncrementalDetokenizer:
         self._strip_space = tokenizer.pieces.strips_leading_space and not continues_text
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete. An unfinished UTF-8 sequence is withheld until its rest comes."""
+        """The text that `ids` complete. An unfinished UTF-8 sequence is held back until it is complete."""
         pieces, skipped = self._pieces, self._skipped
         return self._stripped(self._decoder.decode(b"".join([pieces[i] for i in ids if i not in skipped])))
 
     def flush(self) -> str:
-        """What is still withheld, as U+FFFD; call once, when the answer has ended."""
+        """What is still held back, as U+FFFD. Call it once, when the answer has ended."""
         return self._stripped(self._decoder.decode(b"", True))
 
     def _stripped(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""TokenizerFiles: what a checkpoint says about its tokenizer, as text; it encodes nothing and renders nothing."""
+"""TokenizerFiles: what a checkpoint's files say about its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TokenizerFiles:
     add_bos: bool
     """Whether plain text gets a BOS token in front. Chat templates write their own."""
     eos_token_ids: tuple[int, ...]
-    """Every id that ends an answer, without repeats."""
+    """Every id that ends an answer, each once."""
     unk_token: str | None = None
     pad_token: str | None = None
 
@@ -92,7 +92,7 @@ def _read_object(path: Path) -> Mapping[str, Any]:
 
 
 def _token(config: Mapping[str, Any], key: str) -> str | None:
-    """A special token's text: a string, or an AddedToken written out as an object."""
+    """A special token's text, from a string or from an AddedToken that was saved as an object."""
     value = config.get(key)
     if isinstance(value, Mapping):
         value = value.get("content")
@@ -122,7 +122,7 @@ def _generation_eos_ids(folder: Path) -> list[int]:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja wins over tokenizer_config.json, as in transformers; of several, the one named default."""
+    """chat_template.jinja comes before tokenizer_config.json, as in transformers. Of several, take `default`."""
     from_file = _read(folder / "chat_template.jinja")
     if from_file is not None:
         return from_file
@@ -136,7 +136,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _adds_bos(tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """`add_bos_token` where it is said. Else Llama's tokenizer class does, and others as the post-processor says."""
+    """`add_bos_token` if it is set. Otherwise Llama's class adds BOS; for others the post-processor decides."""
     said = config.get("add_bos_token")
     if isinstance(said, bool):
         return said

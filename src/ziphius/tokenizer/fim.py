@@ -1,4 +1,4 @@
-"""fim_prompt: a prefix and a suffix into the prompt that asks a model for the middle; it encodes nothing."""
+"""fim_prompt: the prompt that asks a model for the text between a prefix and a suffix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _BEGIN, _HOLE, _END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁en
 
 
 def fim_prompt(tokenizer: Tokenizer, prefix: str, suffix: str) -> str:
-    """DeepSeek's fill-in-the-middle prompt (V2.5, Coder-V2), to be encoded as a plain text, so with BOS in front.
+    """DeepSeek's fill-in-the-middle prompt (V2.5, Coder-V2), to be encoded like plain text, with BOS in front.
 
     UnsupportedField (param `suffix`) when the tokenizer lacks one of the three tokens: the model never learnt it.
     """

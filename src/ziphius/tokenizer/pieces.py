@@ -1,4 +1,4 @@
-"""PieceTable: the bytes each token stands for, by the tokenizer's own decoder; it joins nothing into text.
+"""PieceTable: the bytes that each token stands for, by the rules of the tokenizer's own decoder.
 
 Three decoders of the `tokenizers` library cover the supported models:
 - ByteLevel (GPT-2, Llama 3, SmolLM2, DeepSeek): each character of a token stands for one byte;
@@ -31,9 +31,9 @@ def byte_characters() -> dict[str, int]:
 
 
 class PieceTable(dict[int, bytes]):
-    """Token id -> bytes, filled as it is asked. An id that the tokenizer does not know stands for nothing.
+    """Token id -> bytes, computed when first asked for. An id that the tokenizer does not know has no bytes.
 
-    `strips_leading_space`: the decoder takes away the one space that the encoder put in front of a text.
+    `strips_leading_space`: the decoder removes the one space that the encoder put in front of a text.
     UnsupportedModel for a decoder that is none of the three.
     """
 

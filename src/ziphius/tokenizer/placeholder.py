@@ -1,4 +1,4 @@
-"""placeholder_files: a tokenizer for models that have none, so that random weights can be served; it knows no words."""
+"""placeholder_files: a tokenizer for models that have none, so that random weights can be served."""
 
 from __future__ import annotations
 

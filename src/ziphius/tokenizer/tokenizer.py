@@ -1,4 +1,4 @@
-"""Tokenizer: text to token ids and back; it renders no chat template itself and never imports transformers.
+"""Tokenizer: it turns text into token ids and back, and never imports transformers.
 
 transformers 5 is not used on purpose: it swaps the pre-tokenizer of DeepSeek's tokenizer and loses its spaces.
 """
@@ -20,7 +20,7 @@ class Tokenizer:
     """One model's tokenizer. Safe to use from several threads.
 
     `vocab_size` is the highest known id plus one; a model's own vocabulary may be larger (it is often
-    padded). Ids that only the model knows decode to nothing.
+    padded). Ids that only the model knows decode to the empty text.
     """
 
     def __init__(self, core: Core, files: TokenizerFiles) -> None:
@@ -47,7 +47,7 @@ class Tokenizer:
         return cls(core, files)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Special tokens written out in it count as such.
+        """Token ids of `text`. A special token written out in the text becomes that token.
 
         With `add_special_tokens`, BOS comes first if the checkpoint says so, but never twice: a text that
         starts with it keeps one. Encode a rendered chat template without. InvalidRequest for lone surrogates.
@@ -63,7 +63,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and unknown ids nothing.
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, and unknown ids become nothing.
 
         Equal to the `tokenizers` library, except that a run of byte-fallback tokens with a broken
         sequence in it keeps its whole characters (the library replaces every byte of the run).
@@ -74,7 +74,7 @@ class Tokenizer:
 
     @cached_property
     def longest_piece(self) -> int:
-        """Bytes of the token that stands for most: a text has at least its bytes divided by this many tokens."""
+        """How many bytes the longest token has. A text has at least (its bytes / this number) tokens."""
         return max(len(self.pieces[token_id]) for token_id in range(self.vocab_size))
 
     def has_token(self, text: str) -> bool:

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from ziphius.kernels.cpu.jit import Job
+from ziphius.kernels.cpu.jit import PoolJob
 from ziphius.kernels.cpu.memory import ints64
 from ziphius.kernels.cpu.pool import Program, ThreadPool
 from ziphius.kernels.cpu.sync import next_task
@@ -26,7 +26,7 @@ def _count(thread: int, threads: int, sync: int, arguments: int) -> None:
         counts[task] = before + 1 if counts[task] == before else -1
 
 
-COUNT = Job(_count)
+COUNT = PoolJob(_count)
 
 
 def own_threads() -> set[str]:

@@ -27,7 +27,7 @@ from ziphius.attention.batch import ForwardBatch
 from ziphius.attention.cuda import CudaBackend
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.distributed import SINGLE
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.cuda_dense import CudaDenseFormat
 from ziphius.layers.cuda_ops import CudaOps
@@ -105,8 +105,8 @@ def main() -> None:
     driver.set_active(AbsentGpu(int(capability)))
     compiled: dict[str, list[Any]] = {}
     compile_only(compiled)
-    gpu = Gpu("a GPU that nobody measured", 108, int(capability) >= 90)
-    Gpu.of = classmethod(lambda cls, device, batch_invariant=False: gpu)  # type: ignore[method-assign, assignment]
+    gpu = GpuDevice("a GPU that nobody measured", 108, int(capability) >= 90)
+    GpuDevice.of = classmethod(lambda cls, device, batch_invariant=False: gpu)  # type: ignore[method-assign, assignment]
     deepseek_v2.make_ops = lambda device, batch_invariant: CudaOps(device, batch_invariant)
     config = replace(ModelConfig.from_file(Path(config_file)), num_hidden_layers=2)
     model = deepseek_v2.DeepseekV2ForCausalLM(

@@ -7,7 +7,7 @@ import torch
 from gpu_helpers import DTYPES, assert_close, poison_memory
 
 from ziphius.kernels.gpu import combine, flash_prefill, mla_inputs, paged_decode
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.paged_decode import Paged, SplitPlan
 
 PAGE = 4
@@ -31,7 +31,7 @@ def make_paged(device: torch.device, page: int = PAGE) -> Paged:
 def test_mla_decode(
     device: torch.device, dtype: torch.dtype, plan: SplitPlan, heads: int, batch_invariant: bool
 ) -> None:
-    gpu, paged = Gpu.of(device, batch_invariant), make_paged(device)
+    gpu, paged = GpuDevice.of(device, batch_invariant), make_paged(device)
     q = torch.randn(3, heads, LORA + ROPE, device=device).to(dtype)
     cache = torch.randn(252, LORA + ROPE, device=device).to(dtype)
     w_uv = torch.randn(heads, LORA, VALUE, device=device).to(dtype)
@@ -43,7 +43,7 @@ def test_mla_decode(
     assert_close(combine.combine_torch(expected).to(dtype), whole.to(dtype))
     assert_close(combine.combine_values(gpu, parts, w_uv), combine.combine_values_torch(expected, w_uv))
     poison_memory(device)
-    keys_first = paged_decode.MLAConfig(16, 16, 2, 4, keys_first=True)
+    keys_first = paged_decode.MLADecodeConfig(16, 16, 2, 4, keys_first=True)
     parts = paged_decode.mla_parts(gpu, q, cache, paged, 0.2, plan, keys_first)
     assert_close(combine.combine(gpu, parts, dtype), whole.to(dtype))
 
@@ -51,7 +51,7 @@ def test_mla_decode(
 @pytest.mark.parametrize("page", [1, 3, 16, 64])
 def test_pages_smaller_and_larger_than_a_round(device: torch.device, page: int) -> None:
     """A round takes several pages, or a part of one, or, where neither divides the other, looks up each row."""
-    gpu, paged, plan = Gpu.of(device), make_paged(device, page), SplitPlan(2, 0)
+    gpu, paged, plan = GpuDevice.of(device), make_paged(device, page), SplitPlan(2, 0)
     q = torch.randn(3, 2, LORA + ROPE, device=device)
     cache = torch.full((3 * (80 // page + 1) * page, LORA + ROPE), float("nan"), device=device)
     for row, length in enumerate(LENGTHS):
@@ -67,7 +67,7 @@ def test_pages_smaller_and_larger_than_a_round(device: torch.device, page: int) 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 16), (4, 4, 24), (3, 1, 8)])
 @pytest.mark.parametrize("plan", [SplitPlan(1, 0), SplitPlan(4, 0)])
 def test_gqa_decode(device: torch.device, heads: int, kv_heads: int, dim: int, plan: SplitPlan) -> None:
-    gpu, paged = Gpu.of(device), make_paged(device)
+    gpu, paged = GpuDevice.of(device), make_paged(device)
     q = torch.randn(3, heads + 2, dim, device=device)[:, :heads]
     k, v = (torch.randn(252, kv_heads, dim, device=device) for _ in range(2))
     poison_memory(device)
@@ -92,7 +92,7 @@ def make_new_tokens(device: torch.device, dtype: torch.dtype, tokens: int) -> ml
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "heads"), [(1, 2), (19, 5)])
 def test_inputs(device: torch.device, dtype: torch.dtype, tokens: int, heads: int) -> None:
-    gpu, new = Gpu.of(device), make_new_tokens(device, dtype, tokens)
+    gpu, new = GpuDevice.of(device), make_new_tokens(device, dtype, tokens)
     wide = torch.randn(tokens, 3 + heads * (NOPE + ROPE), device=device).to(dtype)
     q = wide[:, 3:].unflatten(1, (heads, NOPE + ROPE))
     w_uk = torch.randn(heads, NOPE, LORA, device=device).to(dtype)
@@ -122,6 +122,6 @@ def test_flash_prefill(device: torch.device, latent: bool) -> None:
     v = torch.randn(sum(counts), kv_heads, value, device=device)
     k_pe = torch.randn(sum(counts), pe, device=device) if latent else None
     actual, expected = (torch.full((151, heads, value), 7.0, device=device) for _ in range(2))
-    flash_prefill.flash_prefill(Gpu.of(device), q, k, k_pe, v, actual, tiles, 0.3)
+    flash_prefill.flash_prefill(GpuDevice.of(device), q, k, k_pe, v, actual, tiles, 0.3)
     flash_prefill.flash_prefill_torch(q, k, k_pe, v, expected, tiles, 0.3)
     assert_close(actual, expected)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.tuning import Tuned
 
 HERE = Path(__file__).parent
@@ -33,8 +33,8 @@ def test_a_rank_of_v25(capability: int, shared: int, tmp_path: Path) -> None:
 
 
 def test_an_h100_takes_what_was_measured_on_an_h200() -> None:
-    h200 = Tuned.of(Gpu("NVIDIA H200", 132, True))
+    h200 = Tuned.of(GpuDevice("NVIDIA H200", 132, True))
     assert h200.measured
-    assert Tuned.of(Gpu("NVIDIA H100 80GB HBM3", 132, True)).measured == h200.measured
-    assert Tuned.of(Gpu("NVIDIA GH200 480GB", 132, True)).measured == h200.measured
-    assert Tuned.of(Gpu("NVIDIA A100-SXM4-80GB", 108, False)).measured == {}
+    assert Tuned.of(GpuDevice("NVIDIA H100 80GB HBM3", 132, True)).measured == h200.measured
+    assert Tuned.of(GpuDevice("NVIDIA GH200 480GB", 132, True)).measured == h200.measured
+    assert Tuned.of(GpuDevice("NVIDIA A100-SXM4-80GB", 108, False)).measured == {}

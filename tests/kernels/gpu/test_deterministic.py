@@ -19,7 +19,7 @@ from torch import Tensor
 from ziphius.attention import cuda
 from ziphius.ipc.messages import AddRequest, SamplingParams
 from ziphius.kernels.gpu import tuning
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kv_cache.kv_pool import KVCache
 from ziphius.layers import cuda_kernels
 
@@ -182,7 +182,7 @@ def test_attention_with_ordinary_keys(device: torch.device, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["unknown", "NVIDIA H200"])
 def test_plans_know_no_number_of_tokens(name: str) -> None:
     """Nor the longest sequence, but for how many splits there are; measured or guessed, for shapes of V2.5 and Lite."""
-    tuned = tuning.Tuned.of(Gpu(name, 132, True, batch_invariant=True))
+    tuned = tuning.Tuned.of(GpuDevice(name, 132, True, batch_invariant=True))
     assert bool(tuned.measured) == (name != "unknown")
     plans = []
     for tokens, longest in ((1, 10), (3, 5000), (16, 70), (130, 1 << 17), (4000, 4000)):

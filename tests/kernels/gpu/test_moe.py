@@ -10,7 +10,7 @@ from gpu_helpers import DTYPES, assert_close, poison_memory
 from torch import Tensor
 
 from ziphius.checkpoint.config import MoEConfig
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.experts import (
     ExpertMatrices,
     GroupedConfig,
@@ -50,21 +50,21 @@ def test_route(device: torch.device, moe: MoEConfig, shared: int, tokens: int) -
     x, gate = torch.randn(tokens, 72, device=device), torch.randn(moe.n_routed_experts, 72, device=device)
     weight, workspace = torch.randn(72, device=device), RouteWorkspace.on(device)
     workspace.counts.fill_(5)
-    normed, routes = route(Gpu.of(device), x, weight, 1e-6, gate, moe, shared, workspace)
+    normed, routes = route(GpuDevice.of(device), x, weight, 1e-6, gate, moe, shared, workspace)
     expected_normed, expected = route_torch(x, weight, 1e-6, gate, moe, shared)
     assert_close(normed, expected_normed)
     same_routes(routes, expected)
     assert not workspace.arrivals.any()
     assert not workspace.counts[: moe.n_routed_experts + shared].any()
     logits = expected_normed.float() @ gate.float().t()
-    same_routes(top_k(Gpu.of(device), logits, moe, shared, workspace), expected)
+    same_routes(top_k(GpuDevice.of(device), logits, moe, shared, workspace), expected)
 
 
 @pytest.mark.parametrize(("pairs", "experts", "block"), [((1, 3), 8, 4), ((40, 4), 14, 4), ((700, 2), 5, 16)])
 def test_align(device: torch.device, pairs: tuple[int, int], experts: int, block: int) -> None:
     ids = torch.randint(0, experts, pairs, dtype=torch.int32, device=device)
     routes, workspace = Routes(ids, torch.empty(pairs, device=device)), RouteWorkspace.on(device)
-    blocks = align(Gpu.of(device), routes, experts, block, workspace)
+    blocks = align(GpuDevice.of(device), routes, experts, block, workspace)
     flat, seen = ids.flatten().tolist(), []
     order = blocks.pairs.view(-1, block).tolist()
     for expert, members in zip(blocks.experts.tolist(), order, strict=True):
@@ -96,7 +96,7 @@ def test_experts(device: torch.device, dtype: torch.dtype, shared: bool) -> None
         extra = torch.tensor([12, 13], dtype=torch.int32, device=device).expand(6, 2)
         ids, weights = torch.cat((ids, extra), 1).contiguous(), torch.cat((weights, torch.ones_like(extra)), 1)
     routes = Routes(ids, weights.float().contiguous())
-    gpu = Gpu.of(device)
+    gpu = GpuDevice.of(device)
     expected = experts_torch(x, routes, matrices, residual)
     poison_memory(device)
     assert_close(pair_experts(gpu, x, routes, matrices, residual), expected)
@@ -117,7 +117,7 @@ def test_experts_of_a_prompt(device: torch.device, dtype: torch.dtype, tiles: in
     matrices = make_matrices(device, dtype, shared=False)
     x, residual = (torch.randn(40, 72, device=device).to(dtype) for _ in range(2))
     ids = torch.stack([torch.randperm(9)[:3] for _ in range(40)]).to(device, torch.int32)
-    routes, gpu = Routes(ids, torch.rand(40, 3, device=device)), Gpu.of(device)
+    routes, gpu = Routes(ids, torch.rand(40, 3, device=device)), GpuDevice.of(device)
     expected = experts_torch(x, routes, matrices, residual)
     blocks = align(gpu, routes, 12, 16, RouteWorkspace.on(device))
     poison_memory(device)
@@ -130,7 +130,7 @@ def test_unused_blocks_cost_nothing_and_change_nothing(device: torch.device) -> 
     x, routes = torch.randn(2, 72, device=device), Routes(
         torch.tensor([[3, 5, 1], [3, 0, 5]], dtype=torch.int32, device=device), torch.rand(2, 3, device=device)
     )  # fmt: skip
-    gpu, config = Gpu.of(device), GroupedConfig(16, 32, stages=2)
+    gpu, config = GpuDevice.of(device), GroupedConfig(16, 32, stages=2)
     blocks = align(gpu, routes, 12, 16, RouteWorkspace.on(device))
     more = ExpertBlocks(
         torch.cat((blocks.pairs, torch.full((32,), 6, dtype=torch.int32, device=device))),

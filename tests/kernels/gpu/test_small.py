@@ -7,14 +7,14 @@ import torch
 from gpu_helpers import DTYPES, assert_close, poison_memory
 
 from ziphius.kernels.gpu import activation, argmax, gemv, norm, rotary
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.layers.ops import TorchOps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 40), (5, 129)])
 def test_norms(device: torch.device, dtype: torch.dtype, rows: int, size: int) -> None:
-    gpu = Gpu.of(device)
+    gpu = GpuDevice.of(device)
     wide = torch.randn(rows, size + 8, dtype=dtype, device=device)
     x, weight = wide[:, 3 : 3 + size], torch.randn(size, dtype=dtype, device=device)
     residual = torch.randn(rows, size, dtype=dtype, device=device)
@@ -29,7 +29,7 @@ def test_norms(device: torch.device, dtype: torch.dtype, rows: int, size: int) -
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(device: torch.device, dtype: torch.dtype) -> None:
     gate_up = torch.randn(3, 2 * 37, dtype=dtype, device=device)
-    assert_close(activation.silu_and_mul(Gpu.of(device), gate_up), activation.silu_and_mul_torch(gate_up))
+    assert_close(activation.silu_and_mul(GpuDevice.of(device), gate_up), activation.silu_and_mul_torch(gate_up))
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -39,7 +39,7 @@ def test_rotate(device: torch.device, heads: int, interleaved: bool) -> None:
     x = wide.view(3, heads, 16)[..., 4:]
     cos, sin = torch.randn(3, 6, device=device), torch.randn(3, 6, device=device)
     expected, untouched = TorchOps().rotate(x.clone(), cos, sin, interleaved), wide.view(3, heads, 16)[..., :4].clone()
-    assert_close(rotary.rotate(Gpu.of(device), x, cos, sin, interleaved), expected)
+    assert_close(rotary.rotate(GpuDevice.of(device), x, cos, sin, interleaved), expected)
     assert torch.equal(wide.view(3, heads, 16)[..., :4], untouched)
 
 
@@ -50,7 +50,7 @@ def test_argmax(device: torch.device, vocab: int) -> None:
     logits[2] = float("nan")
     tokens, last = (torch.full((n,), -7, dtype=torch.int64, device=device) for n in (4, 9))
     rows = torch.tensor([8, 0, 3, 5], dtype=torch.int32, device=device)
-    argmax.argmax_into(Gpu.of(device), logits, tokens, rows, last)
+    argmax.argmax_into(GpuDevice.of(device), logits, tokens, rows, last)
     assert tokens[[0, 1, 3]].tolist() == [int(logits[0].argmax()), 2, int(logits[3].argmax())]
     assert 0 <= int(tokens[2]) < vocab
     assert last[rows.long()].tolist() == tokens.tolist()
@@ -71,4 +71,4 @@ def test_gemv(device: torch.device, dtype: torch.dtype, rows: int, columns: int,
     }
     given = given if fused else {}
     poison_memory(device)
-    assert_close(gemv.gemv(Gpu.of(device), x, weight, **given), gemv.gemv_torch(x, weight, **given))
+    assert_close(gemv.gemv(GpuDevice.of(device), x, weight, **given), gemv.gemv_torch(x, weight, **given))

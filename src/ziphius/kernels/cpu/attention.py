@@ -2,8 +2,8 @@
 
 A token's result does not depend on the batch, the chunk, the threads, or on whether it is decoded or prefilled.
 
-In the cache the values of a slot lie as [kv_heads, head_dim]. Keys lie by groups of 16 slots, in each group as
-[kv_heads, head_dim, 16]: so 16 keys are compared with a query at once and nothing needs to be added up across lanes.
+In the cache the values of a slot are stored as [kv_heads, head_dim]. Keys are stored in groups of 16 slots, each as
+[kv_heads, head_dim, 16], so that 16 keys are compared with a query at once and no sum goes across lanes.
 A page is a whole number of groups.
 """
 
@@ -32,18 +32,18 @@ from ziphius.kernels.cpu.attention_tiles import (
     prefill_values,
     prefill_weights,
 )
-from ziphius.kernels.cpu.jit import Job, kernel
+from ziphius.kernels.cpu.jit import PoolJob, kernel
 from ziphius.kernels.cpu.memory import floats, ints32, ints64
 from ziphius.kernels.cpu.sync import next_task
 
 _GROUPS = 8 * BLOCK
 _POSITIONS = _GROUPS + 64
 _SCORES = _POSITIONS + 64
-"""Where things lie in a thread's scratch; the offsets come first."""
+"""The layout of a thread's scratch memory. The offsets come first."""
 
 
 class AttentionBlock(NamedTuple):
-    """What all layers of a step share: one int64 each, in this order, in memory that the jobs are given."""
+    """What all layers of a step share: one int64 each, in this order, in memory whose address the jobs get."""
 
     heads: int
     kv_heads: int
@@ -61,13 +61,13 @@ class AttentionBlock(NamedTuple):
     num_decodes: int
     num_seqs: int
     partials: int
-    """Address of float32, `partial_floats` of them: what the blocks of decode rows leave for FINISH_DECODE."""
+    """Address of float32, `partial_floats` of them: the partial results of decode rows for FINISH_DECODE."""
     scratch: int
     """Address of bytes, `scratch_bytes` for each thread."""
 
 
 def softmax_factor(scale: float) -> float:
-    """What queries are multiplied with first: exp(scale * x) is 2^(this * x)."""
+    """The factor for queries: exp(scale * x) is 2^(this * x)."""
     return scale * math.log2(math.e)
 
 
@@ -102,7 +102,7 @@ def attention_reference(
 
 
 def group_keys(k: Tensor) -> Tensor:
-    """k [slots, kv_heads, head_dim], slots a multiple of 16, as the kernels keep it: a tensor of the same shape."""
+    """k [slots, kv_heads, head_dim], slots a multiple of 16, in the kernels' order: a tensor of the same shape."""
     slots, heads, size = k.shape
     return k.view(-1, KEY_GROUP, heads, size).permute(0, 2, 3, 1).reshape(slots, heads, size)
 
@@ -115,7 +115,7 @@ def read_block(address: int) -> AttentionBlock:
 
 @kernel
 def slot_bytes(shape: AttentionBlock) -> int:
-    """From one slot of the cache to the next."""
+    """Bytes from one slot of the cache to the next."""
     return 4 * shape.kv_heads * shape.head_dim
 
 
@@ -134,7 +134,7 @@ def store_key(shape: AttentionBlock, k_cache: int, slot: int, source: int) -> No
 def _fill_offsets(shape: AttentionBlock, row: int, first: int, count: int, scratch: int) -> None:
     """Byte offsets of the values of keys first..first+count-1 of a sequence, and of the four groups of keys.
 
-    What is beyond `count` repeats the last group: it is read, but masked.
+    Offsets after `count` repeat the last group, which is read but masked.
     """
     table = ints32(shape.page_table + 4 * row * shape.table_width, shape.table_width)
     offsets, groups = ints64(scratch, BLOCK), ints64(scratch + _GROUPS, BLOCK // KEY_GROUP)
@@ -158,7 +158,7 @@ def _decode_block(
     part_bytes = 4 * (LANES + shape.head_dim)
     for head in range(shape.heads):
         kv = 4 * shape.head_dim * (head // group)
-        # The values are fetched from memory while the keys are computed with.
+        # The values are fetched from memory while the keys are used.
         ahead = v_cache + 128 * head % slot_bytes(shape)
         decode_scores(q + 4 * shape.head_dim * head, k_cache + KEY_GROUP * kv, scratch + _GROUPS, shape.head_dim, ahead,
                       scratch, scores + 4 * BLOCK * head)  # fmt: skip
@@ -316,7 +316,7 @@ def _prefill(thread: int, threads: int, sync: int, arguments: int) -> None:
         task = next_task(sync, thread, threads, tiles * shape.kv_heads)
         if task < 0:
             return
-        # The longest first: what is left at the end, when a thread has nothing more to do, is short.
+        # The longest task first, so that the last ones, for which some threads wait, are short.
         kv_head, tile = task % shape.kv_heads, tiles - 1 - task // shape.kv_heads
         row = shape.num_decodes
         while tile >= (starts[row + 1] - starts[row] + LANES - 1) // LANES:
@@ -336,14 +336,14 @@ def _prefill(thread: int, threads: int, sync: int, arguments: int) -> None:
             head += heads
 
 
-DECODE = Job(_decode)
+DECODE = PoolJob(_decode)
 """Decode rows; a task is one block of 64 keys of one row. Leaves partial results for FINISH_DECODE. Arguments: the
 address of an AttentionBlock; q float32 [tokens, heads, head_dim], scaled with softmax_factor; bytes from a token to
 the next; this layer's keys and values; where the result goes, and bytes from a token to the next there."""
 
-FINISH_DECODE = Job(_finish_decode)
+FINISH_DECODE = PoolJob(_finish_decode)
 """Joins the blocks of each decode row. Arguments: the address of an AttentionBlock; where the result goes, and bytes
 from a token to the next there."""
 
-PREFILL = Job(_prefill)
+PREFILL = PoolJob(_prefill)
 """All other sequences' tokens; a task is 16 tokens with the query heads of one key head. Arguments as DECODE."""

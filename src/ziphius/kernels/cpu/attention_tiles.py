@@ -1,9 +1,9 @@
-"""Tiles of attention in float32: what is added up in registers; which keys a tile sees, the caller decides.
+"""Tiles of attention in float32: the sums that are kept in registers. The caller decides which keys a tile sees.
 
 Every argument is an address or a count. Queries come scaled with softmax_scale * log2(e), so that all exponentials
-are powers of two. How the cache lies in memory, attention.py tells.
+are powers of two. attention.py describes the cache's layout in memory.
 
-A query meets its keys in blocks of 64. Of each block it keeps its largest score, the sum of 2^(score - largest) and
+A query is compared with its keys in blocks of 64. A block gives its largest score, the sum of 2^(score - largest) and
 the weighted sum of the values; blocks are joined in order. A decode row and a row of a prefill tile do exactly the
 same operations in the same order, so a token's result is the same whichever way it is computed.
 """
@@ -19,9 +19,9 @@ LANES = 16
 BLOCK = 64
 """Keys that are attended together."""
 KEY_GROUP = 16
-"""Keys that lie side by side in the cache, each dimension's values next to one another."""
+"""How many keys are stored together in the cache, with each dimension's values side by side."""
 MASKED = -1e30
-"""The score of a key that must not be seen; finite, so that the difference of two is a number."""
+"""The score of a key that must not be seen; finite, so that the difference of two such scores is a number."""
 KEY_TILE = 8 if TARGET.float_vectors >= 24 else 4
 """Keys (then values' dimensions) of a prefill tile."""
 MAX_TILE_HEADS = max(1, TARGET.float_vectors // 8)

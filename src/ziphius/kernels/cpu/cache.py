@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept between starts; it imports neither numba nor torch."""
+"""Where compiled kernels are kept between starts. It is used before numba is imported, and imports no torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ROOM_BYTES = 64 * 1024 * 1024
 def kernel_cache_folder(home: Path) -> Path | None:
     """What NUMBA_CACHE_DIR should be before numba is imported, under Ziphius' home; the folder is made.
 
-    None when it cannot be written to or the disk is all but full: numba would take that for an error, while
-    compiling anew works. The folder's name tells the kernels' sources apart: numba looks for changes in the file of
-    a function only, not in those of the functions that it calls. Another CPU or version of numba it sees itself.
+    None when the folder cannot be written to or the disk is nearly full: numba would raise an error, but it can still
+    compile again at each start. The folder's name depends on the kernels' sources, because numba looks for changes only
+    in the file of a function, not in the files of the functions that it calls. It does notice another CPU or version.
     """
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):

@@ -1,4 +1,4 @@
-"""The tile of an int8 product: what is added up in registers; it splits no work.
+"""The tile of an int8 product: the sums that are kept in registers.
 
 Every argument is an address or a count of at least 1. Strides are in bytes.
 """

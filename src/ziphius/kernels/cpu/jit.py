@@ -1,4 +1,4 @@
-"""How functions here are compiled (`kernel`), how threads get at them (`Job`), and where compiled code is kept."""
+"""How kernels are compiled (`kernel`), how threads call them (`PoolJob`), and where compiled code is kept."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _JOB = types.void(types.intp, types.intp, types.intp, types.intp)
 def kernel(function: F) -> F:
     """Compile on first use, for numbers and addresses, without the interpreter lock.
 
-    Code is kept only when NUMBA_CACHE_DIR says where: numba looks for changes in the file of a function only, not in
-    those of the functions that it calls, so the folder must change with the sources; see `cache.kernel_cache_folder`.
+    Code is kept only when NUMBA_CACHE_DIR is set. numba looks for changes only in the file of a function, not in the
+    files of the functions that it calls, so the folder must change with the sources; see `cache.kernel_cache_folder`.
     """
     return cast(F, numba.njit(nogil=True, cache=_keeps_code(), **_OPTIONS)(function))
 
@@ -39,7 +39,7 @@ def instruction(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], 
 
             return result(*arguments), generate
 
-        # numba looks at the parameters, of which there must not be a variable number.
+        # numba reads the parameters, and their number must not be variable.
         names = ["typing", *(f"argument{i}" for i in range(len(arguments)))]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
@@ -54,11 +54,11 @@ def _keeps_code() -> bool:
     return bool(vars(config)["CACHE_DIR"])
 
 
-class Job:
+class PoolJob:
     """A function (thread, threads, sync, arguments) that all threads of a pool call together.
 
-    `arguments` is the address of int64 values. Compiled when `address` is first asked for, and called by that
-    address: what calls it does not compile it again.
+    `arguments` is the address of int64 values. It is compiled when `address` is first asked for. Callers use
+    that address, so they do not compile it again.
     """
 
     def __init__(self, function: Callable[[int, int, int, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""The int8 linear layer: QUANTIZE_ROWS, then MULTIPLY, in which every tile of 32 output columns is somebody's task."""
+"""The int8 linear layer: QUANTIZE_ROWS, then MULTIPLY, which takes each tile of 32 output columns as a task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ziphius.kernels.cpu.int8_tile import GROUP_STEPS, MAX_ROWS, TILE_COLUMNS, int8_tile
-from ziphius.kernels.cpu.jit import Job, kernel
+from ziphius.kernels.cpu.jit import PoolJob, kernel
 from ziphius.kernels.cpu.memory import floats, ints64
 from ziphius.kernels.cpu.pool import Program, ThreadPool
 from ziphius.kernels.cpu.quantize import PackedWeight, quantize_row, row_bytes
@@ -15,7 +15,7 @@ from ziphius.kernels.cpu.sync import next_task, rows_of_task
 from ziphius.kernels.int8_reference import GROUP, int8_linear
 
 ROW_BLOCK = 512
-"""Rows that stay in the second-level cache while the tiles pass by."""
+"""How many rows stay in the second-level cache while the tiles are read."""
 
 
 class Int8Linear:
@@ -115,10 +115,10 @@ def _multiply(thread: int, threads: int, sync: int, arguments: int) -> None:
             _copy_edge(edge, size, n - column, y + 4 * (first * n + column), n)
 
 
-QUANTIZE_ROWS = Job(_quantize_rows)
+QUANTIZE_ROWS = PoolJob(_quantize_rows)
 """Arguments: the address of the number of rows; x float32 [rows, k]; k; where the quantized rows go."""
 
-MULTIPLY = Job(_multiply)
+MULTIPLY = PoolJob(_multiply)
 """y [rows, n] (+)= rows times weight. Arguments: the address of the number of rows; quantized rows; k; packed weight;
 its scales; n; y; whether to add to y; each thread's float32 [min(rows, ROW_BLOCK), 32], used where 32 does not divide
 n (then y cannot be added to)."""

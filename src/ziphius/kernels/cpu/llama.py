@@ -1,6 +1,6 @@
-"""All layers of a Llama as one program: int8 products, float32 between them; no embedding, no head, no ranks.
+"""All layers of a Llama as one program: int8 products with float32 between them. It has no embedding and no head.
 
-Compared with a call for each operation this saves some three hundred calls and hand-overs between threads a step.
+Compared with a call for each operation, this saves about three hundred calls and thread switches a step.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class LlamaStack:
         caches: Sequence[KVTensors],
         pool: ThreadPool,
     ) -> None:
-        """Weights and caches are read where they are: their contents may change, their place may not."""
+        """Weights and caches are read in place: their contents may change, but their addresses may not."""
         if not sizes.fits:
             raise ValueError(f"no tiles for {sizes}")
         self._layers = list(zip(layers, caches, strict=True))
@@ -192,13 +192,13 @@ class LlamaStack:
 
 
 def compile_jobs() -> None:
-    """Compile what is not compiled yet: seconds at the first start, a moment where compiled code is kept."""
+    """Compile what is not compiled yet. This takes seconds, unless compiled code has been kept."""
     for job in JOBS:
         _ = job.address
 
 
 class _Buffers:
-    """What the jobs of a step of up to `tokens` tokens hand on to each other."""
+    """The buffers between the jobs of a step of up to `tokens` tokens."""
 
     def __init__(self, tokens: int, sizes: LlamaSizes, threads: int) -> None:
         widest = max(sizes.hidden, sizes.attended, sizes.intermediate)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ziphius.kernels.cpu.attention import read_block, slot_bytes, store_key
 from ziphius.kernels.cpu.int8_tile import TILE_COLUMNS
-from ziphius.kernels.cpu.jit import Job
+from ziphius.kernels.cpu.jit import PoolJob
 from ziphius.kernels.cpu.linear import multiply_tile
 from ziphius.kernels.cpu.memory import ints64
 from ziphius.kernels.cpu.quantize import quantize_row
@@ -15,7 +15,7 @@ from ziphius.kernels.cpu.sync import next_task, rows_of_task
 from ziphius.kernels.int8_reference import GROUP
 
 GATE_ROWS = 48
-"""Rows whose gate and up are multiplied before the next: both tiles and the results stay in the first-level cache."""
+"""How many rows of gate and up are computed together: both tiles and the results fit into the first-level cache."""
 _ONE = 0x3F800000
 """The bits of float32 1."""
 
@@ -66,7 +66,7 @@ def _gate_up(thread: int, threads: int, sync: int, arguments: int) -> None:
     line = 4 * TILE_COLUMNS
     gate = gates + thread * 2 * GATE_ROWS * line
     up = gate + GATE_ROWS * line
-    overwrite = int(np.int64(0))  # for the literal 0 numba would compile multiply_tile once more
+    overwrite = int(np.int64(0))  # with the literal 0 numba would compile multiply_tile a second time
     while True:
         tile = next_task(sync, thread, threads, tiles)
         if tile < 0:
@@ -84,16 +84,16 @@ def _gate_up(thread: int, threads: int, sync: int, arguments: int) -> None:
                 silu_mul_row(gate + row * line, up + row * line, TILE_COLUMNS // LANES, target)
 
 
-NORM_ROWS = Job(_norm_rows)
+NORM_ROWS = PoolJob(_norm_rows)
 """RMSNorm. Arguments: the address of the number of rows; x float32 [rows, size], size a multiple of 16; weight; size;
 eps, a float32's bits; where the result goes, and its quantized rows (0: nowhere)."""
 
-ROTATE_AND_STORE = Job(_rotate_and_store)
+ROTATE_AND_STORE = PoolJob(_rotate_and_store)
 """Rotates q (times a factor) and k in place and puts k and v into the cache. Arguments: the address of the number of
 tokens; of an AttentionBlock; of (cos, sin, slots), which are float32 [tokens, head_dim / 2] twice and int64 [tokens];
 qkv float32; bytes from a token to the next; this layer's keys and values; the factor, a float32's bits."""
 
-GATE_UP = Job(_gate_up)
+GATE_UP = PoolJob(_gate_up)
 """silu(gate) * up; a task is 32 columns of both. Arguments: the address of the number of rows; quantized rows; k; the
 packed weight, all of gate before all of up; its scales; columns of gate, a multiple of 32; each thread's float32
 [2, GATE_ROWS, 32]; where the result goes, float32 [rows, columns]."""

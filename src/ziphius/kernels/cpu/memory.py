@@ -1,4 +1,4 @@
-"""Arrays in kernels as plain addresses: views of them, and aligned buffers to take addresses of; no ownership here."""
+"""Arrays in kernels as plain addresses: views of them, and aligned buffers. A view does not keep its memory alive."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def aligned_bytes(size: int) -> Tensor:
 
 
 def _viewer(element: Any) -> Callable[..., Any]:
-    """An array that owns nothing; built here because numba's carray costs every kernel a tenth of a second."""
+    """An array that does not own its memory. numba's carray would cost every kernel a tenth of a second."""
     kind = types.Array(element, 1, "C")
 
     @instruction(kind, types.intp, types.intp)

@@ -1,4 +1,4 @@
-"""PagedAttention: the attention jobs for one layer at a time, and a step's buffers; the jobs are attention.py's."""
+"""PagedAttention: runs the jobs of attention.py for one layer at a time, and owns a step's buffers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PagedAttention:
         query_starts: Sequence[int],
         num_decodes: int,
     ) -> None:
-        """A new step, described as in ForwardBatch; before its first layer."""
+        """Begin a new step, described as in ForwardBatch. Call it before the first layer."""
         lens, starts = np.array(seq_lens, dtype=np.int64), np.array(query_starts, dtype=np.int64)
         table = page_table.contiguous()
         self._kept = (lens, starts, table)

@@ -1,4 +1,4 @@
-"""ThreadPool: threads that run jobs together, again and again; and Program, a list of jobs. They split no work."""
+"""ThreadPool: threads that run jobs together; and Program, a list of jobs. The jobs themselves split the work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ziphius.kernels.cpu.jit import Job
+from ziphius.kernels.cpu.jit import PoolJob
 from ziphius.kernels.cpu.memory import aligned_bytes
 from ziphius.kernels.cpu.sync import RUN_PROGRAM, follow, lead, sync_words
 
@@ -23,10 +23,10 @@ class Program:
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[Job, NDArray[np.int64]]] = []
+        self._steps: list[tuple[PoolJob, NDArray[np.int64]]] = []
         self._block: NDArray[np.int64] | None = None
 
-    def add(self, job: Job, *arguments: int) -> NDArray[np.int64]:
+    def add(self, job: PoolJob, *arguments: int) -> NDArray[np.int64]:
         """Append; returns the arguments, which may be changed between runs."""
         block = np.array(arguments, dtype=np.int64)
         self._steps.append((job, block))
@@ -47,8 +47,8 @@ class Program:
 class ThreadPool:
     """`threads` threads, the caller being the first.
 
-    Not OpenMP's: its threads spin for milliseconds when idle, which the HTTP process on the same cores pays for, and
-    a parallel region costs more than a small product. Between jobs these sleep, and they never need the interpreter's
+    This is not OpenMP, whose idle threads spin for milliseconds on the cores that the HTTP process needs, and whose
+    parallel regions cost more than a small product. These threads sleep between jobs and never need the interpreter's
     lock. Only one thread at a time may call `run`. The threads end with the pool.
     """
 
@@ -87,12 +87,12 @@ class ThreadPool:
 
 
 def _end(memory: Tensor, threads: int, workers: list[threading.Thread]) -> None:
-    # It holds the memory: the threads look there until they have ended.
+    # This keeps the memory alive: the threads read it until they have ended.
     lead(memory.data_ptr(), threads, 0, 0)
     for worker in workers:
         worker.join()
 
 
 def default_threads() -> int:
-    """As many as torch uses: OMP_NUM_THREADS, or the cores."""
+    """As many threads as torch uses: OMP_NUM_THREADS, or the number of cores."""
     return torch.get_num_threads()

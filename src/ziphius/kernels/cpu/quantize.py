@@ -1,6 +1,6 @@
-"""int8 as the tiles read it: packed weights and quantized rows; it multiplies nothing.
+"""int8 as the tiles read it: packed weights and quantized rows.
 
-What the numbers mean, int8_reference.py tells.
+int8_reference.py says what the numbers mean.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PackedWeight:
         return cls(data, torch.zeros(tiles * TILE_COLUMNS), out_features, in_features)
 
     def store_rows(self, start: int, rows: Tensor, scale: Tensor) -> None:
-        """rows int8 [n, in] in -127..127 with scale [n], as the rows from `start` on."""
+        """rows int8 [n, in] in -127..127 with scale [n]. Store them as the rows from `start` on."""
         count = rows.shape[0]
         steps = self.data.shape[1]
         values = F.pad(rows, (0, steps * 4 - self.in_features)).to(torch.int16).add_(128).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""What happens to one row between products, as tiles in float32: norm, gate, rotation, quantizing; they split no work.
+"""What happens to one row between products, as tiles in float32: norm, gate, rotation and quantization.
 
 Every argument is an address or a count of 16-lane chunks, unless it says otherwise.
 """
@@ -47,7 +47,7 @@ def silu_mul_row(ir_: Emitter, gate: Value, up: Value, chunks: Value, out: Value
     def chunk(index: Value, _: list[Value]) -> list[Value]:
         at = ir_.scaled(index, 64)
         value = ir_.load(_KIND, gate, at)
-        # Beyond 2^126 the quotient is 0 either way, but the exponent would overflow into the sign.
+        # Above 2^126 the quotient is 0 in any case, but the exponent would overflow into the sign.
         power = ir_.minimum(builder.fmul(value, ir_.constant(-LOG2_E)), ir_.constant(126.0))
         below = builder.fadd(ir_.exp2(power), ir_.constant(1.0))
         ir_.store(builder.fmul(builder.fdiv(value, below), ir_.load(_KIND, up, at)), out, at)

@@ -1,8 +1,8 @@
-"""What the threads of one kernel agree through: a barrier, shares of the work, the next job; it holds no memory.
+"""How the threads of one kernel work together: a barrier, shares of the work, and the next job.
 
 `sync` is the address of `sync_words` int32, each used word on a cache line of its own. Waiting spins first, because
-the others are usually microseconds away, then lets others have the core, then sleeps: on a busy machine the thread
-that is waited for may be waiting for this very core.
+the others are usually microseconds away, then yields the core, then sleeps: on a busy machine the
+awaited thread may itself be waiting for this core.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from ziphius.kernels.cpu.jit import Job, instruction, kernel
+from ziphius.kernels.cpu.jit import PoolJob, instruction, kernel
 from ziphius.kernels.cpu.memory import ints64
 
 _LINE = 64
@@ -28,11 +28,11 @@ _POST = 5 * _LINE
 _CURSORS = 6 * _LINE
 
 _SPINS = 500
-"""Pauses, of some 10 ns each, before a waiting thread lets others have the core."""
+"""How many pauses, of about 10 ns each, come before a waiting thread yields the core."""
 _BARRIER_YIELDS = 800
 _POST_YIELDS = 100
-"""Times it does that, of some 250 ns each when nobody wants the core, before it goes to sleep. To be woken costs tens
-of microseconds, and on a virtual machine more: too much for a barrier. Between jobs others may need the core."""
+"""How many times it yields, about 250 ns each on an idle machine, before it sleeps. To wake a thread takes tens of
+microseconds, and more on a virtual machine: too much for a barrier. Between jobs others may need the core."""
 
 _FUTEX_CALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}
 _FUTEX = _FUTEX_CALLS.get(platform.machine(), 0) if sys.platform == "linux" else 0
@@ -64,7 +64,7 @@ def _store(context: Any, builder: Any, address: Any, value: Any) -> None:
 
 @instruction(types.int32, types.intp, types.int32)
 def _fetch_add(context: Any, builder: Any, address: Any, value: Any) -> Any:
-    """The word before the addition."""
+    """Add to a word atomically. Returns its value before the addition."""
     return builder.atomic_rmw("add", builder.inttoptr(address, _WORD.as_pointer()), value, "seq_cst")
 
 
@@ -80,7 +80,7 @@ def _pause(context: Any, builder: Any) -> None:
 
 @instruction(types.void, *[types.intp] * 5)
 def _call(context: Any, builder: Any, function: Any, thread: Any, threads: Any, sync: Any, arguments: Any) -> None:
-    """Call the Job at the address `function`."""
+    """Call the PoolJob at the address `function`."""
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4)
     builder.call(builder.inttoptr(function, kind.as_pointer()), [thread, threads, sync, arguments])
 
@@ -113,7 +113,7 @@ def _wake(word: int, sleepers: int) -> None:
 
 @kernel
 def barrier(sync: int, threads: int) -> None:
-    """Wait for all threads; what each wrote before, all can read after. The shares of the work start anew."""
+    """Wait for all threads. What each wrote before, all can read after. The shares of the work begin again."""
     if threads == 1:
         _store(sync + _CURSORS, 0)
         return
@@ -130,7 +130,7 @@ def barrier(sync: int, threads: int) -> None:
 
 @kernel
 def next_task(sync: int, thread: int, threads: int, tasks: int) -> int:
-    """A task of 0..tasks-1 that nobody has yet, or -1. A thread's own consecutive share first, then the others'.
+    """A task of 0..tasks-1 that no thread has taken yet, or -1. A thread's own share comes first, then the others'.
 
     Between two barriers all threads must ask for the same number of tasks.
     """
@@ -173,7 +173,7 @@ def follow(sync: int, thread: int, threads: int) -> None:
 
 @kernel
 def rows_of_task(rows: int) -> int:
-    """Rows that one task takes of work that is done row by row."""
+    """How many rows one task takes when work is done row by row."""
     return 1 if rows <= 64 else 8
 
 
@@ -186,5 +186,5 @@ def _run_program(thread: int, threads: int, sync: int, arguments: int) -> None:
         _call(steps[2 * i], thread, threads, sync, steps[2 * i + 1])
 
 
-RUN_PROGRAM = Job(_run_program)
+RUN_PROGRAM = PoolJob(_run_program)
 """Jobs one after another, a barrier between them. Arguments: their number, then (job, its arguments) of each."""

@@ -1,4 +1,4 @@
-"""What this machine's CPU can do, and the sizes of tiles that follow from it; it compiles nothing."""
+"""What this machine's CPU can do, and the tile sizes that follow from it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ByteDot = Literal["vnni512", "vnni256", "avx2", "generic"]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One instruction set. Only speed depends on it, never a result of integers."""
+    """One instruction set. Speed depends on it, but never the result of an integer sum."""
 
     byte_dot: ByteDot
     byte_rows: int
-    """Rows of activations an int8 tile takes at most."""
+    """The most rows of activations that an int8 tile takes."""
     float_vectors: int
-    """16-lane float accumulators that fit into the registers."""
+    """How many 16-lane float accumulators fit into the registers."""
 
     @property
     def byte_lanes(self) -> int:

@@ -1,4 +1,4 @@
-"""tile(): a function that emits LLVM IR, as something kernels can call; and short names for that IR. No kernel here."""
+"""tile(): makes a function that emits LLVM IR callable in kernels; and short names for that IR."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def i64(value: int) -> ir.Constant:
 def tile(emit: Callable[..., None]) -> Callable[..., None]:
     """Make emit(emitter, *values) callable in kernels as tile(*values): addresses, counts and float32 bits, all int64.
 
-    In IR because a tile's speed is a matter of which values stay in registers, which Python loops cannot tell.
+    It is IR because a tile's speed depends on which values stay in registers, and Python loops cannot control that.
     """
 
     count = len(inspect.signature(emit).parameters) - 1
@@ -150,7 +150,7 @@ class Emitter:
         return builder.select(vanishes, self.constant(0.0, lanes), value)
 
     def prefetch(self, address: Value, offset: Value | int = 0) -> None:
-        """Into the second-level cache: the tile that comes next must not push this one out of the first."""
+        """Prefetch into the second-level cache: the next tile must not push this one out of the first-level cache."""
         pointer = self.builder.inttoptr(self.offset(address, offset), I8.as_pointer())
         arguments = [pointer, ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)]
         self.call("llvm.prefetch.p0", VOID, arguments)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _silu_and_mul_kernel(gate_up, y, width, stride, BLOCK: tl.constexpr, PDL: tl
     tl.store(y + row * width + at, value.to(y.dtype.element_ty), mask=inside)
 
 
-def silu_and_mul(gpu: Gpu, gate_up: Tensor) -> Tensor:
+def silu_and_mul(gpu: GpuDevice, gate_up: Tensor) -> Tensor:
     """[T, 2I] -> [T, I]: silu(first half) * second half."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
@@ -36,6 +36,6 @@ def silu_and_mul(gpu: Gpu, gate_up: Tensor) -> Tensor:
 
 
 def silu_and_mul_torch(gate_up: Tensor) -> Tensor:
-    """The plain body."""
+    """The same in plain torch."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)

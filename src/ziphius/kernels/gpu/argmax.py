@@ -1,4 +1,4 @@
-"""The likeliest token of each row of logits, written where the next step reads it."""
+"""The most likely token of each row of logits, stored where the next step reads it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 
 @triton.jit
@@ -23,24 +23,18 @@ def _argmax_kernel(logits, tokens, rows, last_token, vocab, stride, BLOCK: tl.co
         better = value > best
         best = tl.where(better, value, best)
         best_at = tl.where(better, start + at, best_at)
-    # Of equals, the lowest id.
+    # Among equals, take the lowest id.
     highest = tl.max(best, axis=0)
     token = tl.min(tl.where(best == highest, best_at, vocab), axis=0)
-    token = tl.minimum(token, vocab - 1)  # NaNs compare with nothing.
+    token = tl.minimum(token, vocab - 1)  # A NaN never compares as equal.
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(last_token + tl.load(rows + row), token.to(tl.int64))
 
 
-def argmax_into(gpu: Gpu, logits: Tensor, tokens: Tensor, rows: Tensor, last_token: Tensor) -> None:
+def argmax_into(gpu: GpuDevice, logits: Tensor, tokens: Tensor, rows: Tensor, last_token: Tensor) -> None:
     """logits [n, vocab] float32; tokens[i] and last_token[rows[i]] become row i's best, the lowest id among equals."""
     count, vocab = logits.shape
     block = min(8192, triton.next_power_of_2(vocab))
     _argmax_kernel[(count,)](
         logits, tokens, rows, last_token, vocab, logits.stride(0), BLOCK=block, num_warps=16, **gpu.overlap
     )
-
-
-def argmax_into_torch(logits: Tensor, tokens: Tensor, rows: Tensor, last_token: Tensor) -> None:
-    """The plain body."""
-    tokens.copy_(logits.argmax(dim=-1))
-    last_token[rows.long()] = tokens

@@ -1,4 +1,4 @@
-"""After split decode attention: the splits' sums become one, and latent sums become head values (w_uv)."""
+"""The end of split decode attention: it adds the splits' sums, and turns latent sums into head values (w_uv)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.paged_decode import Parts
 
 
@@ -54,7 +54,7 @@ def _values_kernel(mixed, w_uv, y, tokens, HEADS: tl.constexpr, LORA: tl.constex
     tl.store(at, value.to(y.dtype.element_ty), mask=(t < tokens)[:, None] & inside)
 
 
-def combine_values(gpu: Gpu, parts: Parts, w_uv: Tensor) -> Tensor:
+def combine_values(gpu: GpuDevice, parts: Parts, w_uv: Tensor) -> Tensor:
     """parts of [T, H, splits, lora], w_uv [H, lora, v] -> [T, H, v]."""
     mixed = combine(gpu, parts, w_uv.dtype)
     (tokens, heads, lora), value = mixed.shape, w_uv.shape[2]
@@ -68,7 +68,7 @@ def combine_values(gpu: Gpu, parts: Parts, w_uv: Tensor) -> Tensor:
     return y
 
 
-def combine(gpu: Gpu, parts: Parts, dtype: torch.dtype) -> Tensor:
+def combine(gpu: GpuDevice, parts: Parts, dtype: torch.dtype) -> Tensor:
     """parts of [T, H, splits, D] -> [T, H, D]."""
     tokens, heads, splits, dim = parts.sums.shape
     if splits == 1:
@@ -93,12 +93,12 @@ def combine(gpu: Gpu, parts: Parts, dtype: torch.dtype) -> Tensor:
 
 
 def combine_torch(parts: Parts) -> Tensor:
-    """The plain body of `combine`, float32."""
+    """`combine` in plain torch, float32."""
     shares = (parts.logs - parts.logs.amax(-1, keepdim=True)).exp2()
     shares = (shares / shares.sum(-1, keepdim=True)).unsqueeze(-1)
     return torch.where(shares > 0, parts.sums.float() * shares, 0.0).sum(2)
 
 
 def combine_values_torch(parts: Parts, w_uv: Tensor) -> Tensor:
-    """The plain body of `combine_values`."""
+    """`combine_values` in plain torch."""
     return torch.einsum("thc,hcv->thv", combine_torch(parts).to(w_uv.dtype), w_uv)

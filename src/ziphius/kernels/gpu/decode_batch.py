@@ -1,4 +1,4 @@
-"""A decode step's integers, uploaded in one piece, laid out as the model and the attention read them."""
+"""A decode step's integers, uploaded in one piece and unpacked into the tensors that the model reads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 HEADER = 2
-"""Integers before the rows: how many rows, and pages of a row."""
+"""The number of integers before the rows: the count of rows, and the pages of a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTensors:
-    """Of B rows; those beyond the step's own repeat its first one and write into the scratch slot."""
+    """The integers of B rows. Rows after the step's own repeat its first row and write into the scratch slot."""
 
     input_ids: Tensor
     """[B] int64."""
@@ -28,7 +28,7 @@ class DecodeTensors:
     seq_lens: Tensor
     """[B] int32."""
     rows: Tensor
-    """[B] int32: whose token each is; the padding row for rows beyond the step's own."""
+    """[B] int32: the row of the table that gets each token; the padding row for rows after the step's own."""
     page_table: Tensor
     """[B, pages] int32."""
 
@@ -62,7 +62,7 @@ def pack(
 @triton.jit
 def _unpack_kernel(packed, last_token, input_ids, positions, slots, seq_lens, rows, page_table, stride_table,
                    scratch_slot, padding_row, HEADER: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Program i: row i. Not overlapped with anything: its input is a copy's."""
+    """Program i does row i. It does not overlap with other kernels, because a copy makes its input."""
     i = tl.program_id(0)
     count, width = tl.load(packed), tl.load(packed + 1)
     source = tl.where(i < count, i, 0)
@@ -81,7 +81,7 @@ def _unpack_kernel(packed, last_token, input_ids, positions, slots, seq_lens, ro
 
 
 def unpack(packed: Tensor, last_token: Tensor, to: DecodeTensors, scratch_slot: int, padding_row: int) -> None:
-    """`packed` (see `pack`) and the rows' last tokens [rows] into `to`, of at least as many rows."""
+    """Unpack `packed` (see `pack`) and the rows' last tokens [rows] into `to`, which has at least as many rows."""
     _unpack_kernel[(to.input_ids.shape[0],)](
         packed, last_token, to.input_ids, to.positions, to.slots, to.seq_lens, to.rows, to.page_table,
         to.page_table.stride(0), scratch_slot, padding_row, HEADER=HEADER, BLOCK=256,
@@ -89,7 +89,7 @@ def unpack(packed: Tensor, last_token: Tensor, to: DecodeTensors, scratch_slot: 
 
 
 def unpack_torch(packed: Tensor, last_token: Tensor, to: DecodeTensors, scratch_slot: int, padding_row: int) -> None:
-    """The plain body."""
+    """The same in plain torch."""
     count, width = packed[:HEADER].tolist()
     values = packed[HEADER : HEADER + 3 * count].view(3, count).long()
     pages = packed[HEADER + 3 * count :][: count * width].view(count, width)

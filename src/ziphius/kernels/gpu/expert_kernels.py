@@ -1,4 +1,4 @@
-"""The experts' device code: what each program of a launch computes; experts.py launches and says what it means."""
+"""The experts' device code: what each program of a launch computes. experts.py launches it and explains it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def gate_up_kernel(x, gate_up, shared_gate_up, act, pairs, block_experts, num_pa
                     EVEN_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """act[p] = silu(gate x) * (up x) of pair p's expert and token. Grid: width blocks, expert blocks.
 
-    The weights are the tensor cores' first operand, so that few tokens do not leave most of a tile empty, and BLOCK_N
-    gate rows lie over the BLOCK_N up rows that belong to them in one tile.
+    The weights are the tensor cores' first operand, so that few tokens do not leave most of a tile empty. One tile
+    holds BLOCK_N gate rows above the BLOCK_N up rows that belong to them.
     """
     block = tl.program_id(1)
     r = tl.arange(0, 2 * BLOCK_N)
@@ -82,8 +82,8 @@ def down_kernel(act, down, shared_down, out, weights, pairs, block_experts, num_
                  STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """out[p] = weight of pair p x (down act[p]). Grid: groups of TILES hidden blocks, expert blocks.
 
-    A product of so few columns is over before its loads have come: so one loop runs over the columns of all TILES
-    blocks, and the next block's weights are on their way while this one is stored.
+    A product of so few columns ends before its loads arrive. So one loop runs over the columns of all TILES blocks, and
+    the next block's weights are being loaded while this block is stored.
     """
     STEPS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     allow_next(PDL)
@@ -145,12 +145,12 @@ def pair_gate_up_kernel(x, gate_up, shared_gate_up, act, ids, hidden, stride_x, 
                          PDL: tl.constexpr):  # fmt: skip
     """Few tokens: each pair by itself, a matrix times a vector. Grid: pairs, width blocks.
 
-    Pairs vary fastest, so that two pairs of one expert read it at the same time: the second from L2.
+    The pair is the fastest index, so that two pairs of one expert read it at the same time, the second from L2.
     """
     pair = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     a = tl.arange(0, BLOCK_A)
-    # Shared experts are known: their weights come while the routes are still made.
+    # Shared experts are known before the routes, so their weights are loaded while the routes are still computed.
     chosen = pair % PAIRS_PER_TOKEN < PAIRS_PER_TOKEN - SHARED
     if chosen:
         wait_for_previous(PDL)
@@ -190,8 +190,8 @@ def pair_down_kernel(act, down, shared_down, residual, y, ids, weights, hidden, 
                      RESIDUAL: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y[t] = residual[t] + sum over token t's pairs of weight x (down act). Grid: tokens, hidden blocks.
 
-    All rows of all pairs are asked for at once, and before the activations are there. The routes can be read so
-    early: the kernel before this one lets it start only after it has itself waited for the routes.
+    All rows of all pairs are loaded at once, before the activations are there. The routes can be read so early,
+    because the kernel before this one has waited for the routes before it lets this one start.
     """
     allow_next(PDL)
     token = tl.program_id(0)

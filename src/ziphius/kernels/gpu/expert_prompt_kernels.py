@@ -1,7 +1,7 @@
-"""The experts' device code for prompts: many tokens an expert, so that arithmetic is what takes the time.
+"""The experts' device code for prompts: with many tokens for each expert, arithmetic takes most of the time.
 
 Weights come through tensor descriptors: the copy engine computes addresses (Hopper and later; elsewhere Triton turns
-them into ordinary loads), and registers are left to the sums. experts.py launches and says what it means.
+them into ordinary loads), and the registers hold only sums. experts.py launches the kernels and explains them.
 """
 
 from __future__ import annotations

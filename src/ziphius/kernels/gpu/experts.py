@@ -1,4 +1,4 @@
-"""All experts of one layer in two launches, pair by pair or sorted by expert; what `routing` decides, this computes.
+"""All experts of one layer in two launches, pair by pair or sorted by expert, as `routing` has decided.
 
 First launch: gather, both halves of the first product, silu(gate) * up. Second: the second product times the route's
 weight, one row a pair. A third, small one sums a token's pairs onto the residual. For few tokens shared experts are
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.expert_kernels import (
     down_kernel,
     gate_up_kernel,
@@ -49,7 +49,7 @@ class ExpertMatrices:
 
     @property
     def shared_or_own(self) -> tuple[Tensor, Tensor]:
-        """The shared experts' two matrices; where there are none, others, which no kernel reads for them."""
+        """The shared experts' two matrices; without shared experts, other matrices that no kernel reads."""
         if self.shared_gate_up is None or self.shared_down is None:
             return self.gate_up, self.down
         return self.shared_gate_up, self.shared_down
@@ -57,7 +57,7 @@ class ExpertMatrices:
 
 @dataclass(frozen=True, slots=True)
 class GroupedConfig:
-    """How a product over expert blocks is cut."""
+    """The tiling of a product over expert blocks."""
 
     block_n: int
     block_k: int
@@ -67,23 +67,23 @@ class GroupedConfig:
     """Second product: blocks of block_n rows that a program computes one after another."""
 
     def for_values_of(self, nbytes: int) -> GroupedConfig:
-        """For 4-byte values, what fits the shared memory that this one needs for 2-byte ones."""
+        """The tiling for 4-byte values that needs as much shared memory as this one for 2-byte values."""
         return self if nbytes <= 2 else replace(self, block_k=max(16, self.block_k // 2), stages=min(2, self.stages))
 
 
 @dataclass(frozen=True, slots=True)
 class PairConfig:
-    """How products of single pairs are cut: rows of the weight a program takes, and its warps."""
+    """The tiling of products of single pairs: rows of the weight for a program, and its warps."""
 
     gate_rows: int
-    """So many gate rows, and as many up rows."""
+    """The number of gate rows, and of up rows."""
     gate_warps: int
     down_rows: int
     down_warps: int
 
 
 def pair_experts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     routes: Routes,
     matrices: ExpertMatrices,
@@ -101,14 +101,14 @@ def pair_experts(
 
 
 def pair_config(hidden: int, width: int, element_size: int) -> PairConfig:
-    """About 64 values of the weights a thread in the first product, 32 in each pair of the second."""
+    """About 64 weights for a thread in the first product, and 32 for each pair in the second."""
     warps = 8 if hidden >= 4096 else 4
     gate_rows = 1 << max(0, (64 * 32 * warps * 2 // element_size // (2 * hidden)).bit_length() - 1)
     return PairConfig(min(8, gate_rows), warps, max(2, min(8, 4096 // triton.next_power_of_2(width))), 4)
 
 
 def grouped_experts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     routes: Routes,
     blocks: ExpertBlocks,
@@ -123,7 +123,7 @@ def grouped_experts(
 
 
 def grouped_first(
-    gpu: Gpu, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """x [T, hidden] -> silu(gate) * up of each pair [pairs, I]."""
     hidden, width, pairs = x.shape[1], matrices.down.shape[2], routes.ids.numel()
@@ -140,7 +140,7 @@ def grouped_first(
 
 
 def grouped_second(
-    gpu: Gpu, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """act [pairs, I] -> each pair's share of its token's sum [pairs, hidden]."""
     (pairs, width), hidden = act.shape, matrices.down.shape[1]
@@ -156,7 +156,7 @@ def grouped_second(
 
 
 def prompt_experts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     routes: Routes,
     blocks: ExpertBlocks,
@@ -171,7 +171,7 @@ def prompt_experts(
 
 
 def prompt_first(
-    gpu: Gpu, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, x: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """x [T, hidden] -> silu(gate) * up in the blocks' order [blocks * block_size, I]; unused places unwritten."""
     hidden, width, size = x.shape[1], matrices.down.shape[2], blocks.block_size
@@ -187,7 +187,7 @@ def prompt_first(
 
 
 def prompt_second(
-    gpu: Gpu, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
+    gpu: GpuDevice, act: Tensor, routes: Routes, blocks: ExpertBlocks, matrices: ExpertMatrices, config: GroupedConfig
 ) -> Tensor:
     """act in the blocks' order -> each pair's share of its token's sum [pairs, hidden]."""
     hidden, width = matrices.down.shape[1:]
@@ -204,7 +204,7 @@ def prompt_second(
 
 
 def experts_torch(x: Tensor, routes: Routes, matrices: ExpertMatrices, residual: Tensor | None) -> Tensor:
-    """The plain body of both."""
+    """Both ways in plain torch."""
     width = matrices.down.shape[2]
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for token in range(x.shape[0]):
@@ -223,7 +223,9 @@ def experts_torch(x: Tensor, routes: Routes, matrices: ExpertMatrices, residual:
     return (total if residual is None else total + residual.float()).to(x.dtype)
 
 
-def pair_first(gpu: Gpu, x: Tensor, routes: Routes, matrices: ExpertMatrices, act: Tensor, config: PairConfig) -> None:
+def pair_first(
+    gpu: GpuDevice, x: Tensor, routes: Routes, matrices: ExpertMatrices, act: Tensor, config: PairConfig
+) -> None:
     hidden, (pairs, width) = x.shape[1], act.shape
     block_a, block_b = _two_blocks(hidden)
     pair_gate_up_kernel[(pairs, triton.cdiv(width, config.gate_rows))](
@@ -235,7 +237,7 @@ def pair_first(gpu: Gpu, x: Tensor, routes: Routes, matrices: ExpertMatrices, ac
 
 
 def pair_second(
-    gpu: Gpu,
+    gpu: GpuDevice,
     act: Tensor,
     routes: Routes,
     matrices: ExpertMatrices,
@@ -255,7 +257,7 @@ def pair_second(
     )  # fmt: skip
 
 
-def _sum_pairs(gpu: Gpu, pair_out: Tensor, tokens: int, residual: Tensor | None) -> Tensor:
+def _sum_pairs(gpu: GpuDevice, pair_out: Tensor, tokens: int, residual: Tensor | None) -> Tensor:
     hidden = pair_out.shape[1]
     y = torch.empty((tokens, hidden), dtype=pair_out.dtype, device=pair_out.device)
     added = y if residual is None else residual

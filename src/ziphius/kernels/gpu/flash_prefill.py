@@ -1,7 +1,7 @@
-"""Causal attention of prompt chunks of several sequences, over keys that lie in one row after another (ragged).
+"""Causal attention of prompt chunks of several sequences, with the keys stored one sequence after another (ragged).
 
-Query and key may have a second part that all heads share as keys do in latent attention (the rotary part), and
-values may be of another size: 128 + 64 against 128 in DeepSeek-V2. Key heads may be fewer than query heads.
+Query and key may have a second part, whose keys all heads share (the rotary part of latent attention), and values
+may have another size: 128 + 64 against 128 in DeepSeek-V2. Key heads may be fewer than query heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 BLOCK_Q = 128
@@ -30,7 +30,7 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class FlashConfig:
-    """How a program goes through its keys."""
+    """How a program reads its keys."""
 
     block_kv: int = 32
     stages: int = 3
@@ -101,7 +101,7 @@ def _flash_kernel(q, k, k_pe, v, out, tiles, scale, stride_qt, stride_qh, stride
     highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_V), tl.float32)
-    # Blocks that every query sees whole need no mask.
+    # Blocks that every query sees completely need no mask.
     seen_by_all = seen_by_first // BLOCK_KV * BLOCK_KV
     for start in tl.range(0, seen_by_all, BLOCK_KV, num_stages=STAGES):
         acc, weight, highest = _keys_of_a_block(
@@ -131,7 +131,7 @@ def make_tiles(query_starts: list[int], key_starts: list[int], seen_by_first: li
 
 
 def flash_prefill(
-    gpu: Gpu,
+    gpu: GpuDevice,
     q: Tensor,
     k: Tensor,
     k_pe: Tensor | None,
@@ -159,7 +159,7 @@ def flash_prefill(
 def flash_prefill_torch(
     q: Tensor, k: Tensor, k_pe: Tensor | None, v: Tensor, out: Tensor, tiles: Tiles, scale: float
 ) -> None:
-    """The plain body, tile by tile."""
+    """The same in plain torch, tile by tile."""
     group = q.shape[1] // k.shape[1]
     for first, queries, first_key, seen in tiles.table.tolist():
         keys = slice(first_key, first_key + seen + queries - 1)

@@ -1,6 +1,6 @@
-"""Matrix times one vector: RMSNorm of the vector in front, the residual sum behind; what a single stream decodes with.
+"""Matrix times one vector, with RMSNorm of the vector before it and the residual sum after it, for a single request.
 
-Bound by the weights' bytes. Each program holds a few whole rows of the matrix in registers, asked for before it waits
+The time depends on the weights' bytes. Each program loads a few whole rows of the matrix into registers before it waits
 for the vector, so that memory is busy while the kernel before it ends.
 """
 
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
 
 _ELEMENTS_PER_THREAD = 64
-"""Of the matrix, in registers: 128 bytes a thread in flight fill the memory system twice over."""
+"""Bytes of the matrix in registers: 128 bytes in flight for each thread are twice what keeps the memory busy."""
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _gemv_kernel(x, weight, y, norm_weight, residual, rows, columns, stride, eps
 
 
 def gemv(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     weight: Tensor,
     *,
@@ -89,7 +89,7 @@ def gemv(
 
 
 def gemv_shape(rows: int, block_a: int, processors: int, element_size: int) -> tuple[int, int]:
-    """(rows a program, warps): registers bound the tile, and every processor should have a few programs."""
+    """(rows a program, warps): registers limit the tile, and every processor should have a few programs."""
     warps = 8 if block_a >= 4096 else 4
     elements = _ELEMENTS_PER_THREAD * 32 * warps * 2 // element_size
     block_n = max(1, min(16, elements // block_a))
@@ -101,7 +101,7 @@ def gemv_shape(rows: int, block_a: int, processors: int, element_size: int) -> t
 def gemv_torch(
     x: Tensor, weight: Tensor, *, norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """The plain body, for any number of rows of x."""
+    """The same in plain torch, for any number of rows of x."""
     if norm is not None:
         x = rms_norm_torch(x, *norm)
     y = F.linear(x, weight)

@@ -1,4 +1,4 @@
-"""What stands before latent attention: norm, rotary embedding, cache write, queries into the latent space; no more.
+"""The inputs of latent attention: norm, rotary embedding, cache write, and queries in the latent space.
 
 Two kernels: for decoding (all of it) and for prompts (all but the last)."""
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
 
 
@@ -35,7 +35,7 @@ class NewTokens:
 
 @triton.jit
 def _rotate(x, cos, sin, HEADS: tl.constexpr, HALF: tl.constexpr):
-    """x [HEADS, 2 HALF], turned pair by pair (2i, 2i + 1); cos and sin [1, HALF] -> float32."""
+    """x [HEADS, 2 HALF], rotated pair by pair (2i, 2i + 1); cos and sin [1, HALF] -> float32."""
     even, odd = tl.split(tl.reshape(x.to(tl.float32), (HEADS, HALF, 2)))
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HEADS, 2 * HALF))
 
@@ -62,7 +62,7 @@ def _write_token(t, latent, k_pe, norm_weight, cos, sin, slots, cache, rows, str
 @triton.jit
 def _rotate_queries(q, to, cos, sin, t, stride_q, stride_to, HEADS: tl.constexpr, NOPE: tl.constexpr,
                     ROPE: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    """Token t's q_pe, turned, to `to` [HEADS, ROPE] of row stride `stride_to`."""
+    """Write token t's rotated q_pe to `to` [HEADS, ROPE] with row stride `stride_to`."""
     h, r = tl.arange(0, BLOCK_H), tl.arange(0, ROPE)
     mine = (h < HEADS)[:, None]
     x = tl.load(q + t * stride_q + (h * (NOPE + ROPE) + NOPE)[:, None] + r[None, :], mask=mine, other=0.0)
@@ -120,7 +120,7 @@ def _prompt_inputs_kernel(q, latent, k_pe, norm_weight, cos, sin, slots, cache, 
     _rotate_queries(q, q + t * stride_q + NOPE, c_turn, s_turn, t, stride_q, NOPE + ROPE, HEADS, NOPE, ROPE, BLOCK_H)
 
 
-def decode_inputs(gpu: Gpu, q: Tensor, new: NewTokens, w_uk: Tensor, cache: Tensor) -> Tensor:
+def decode_inputs(gpu: GpuDevice, q: Tensor, new: NewTokens, w_uk: Tensor, cache: Tensor) -> Tensor:
     """q [T, H, nope + rope], not rotated, rows may be strided; w_uk [H, nope, lora]; cache [slots, lora + rope].
 
     Writes the new tokens into the cache -> queries [T, H, lora + rope] to compare with cache rows.
@@ -140,8 +140,8 @@ def decode_inputs(gpu: Gpu, q: Tensor, new: NewTokens, w_uk: Tensor, cache: Tens
     return out
 
 
-def prompt_inputs(gpu: Gpu, q: Tensor, new: NewTokens, nope: int, cache: Tensor) -> Tensor:
-    """As decode_inputs, but q_pe is rotated in place and nothing goes into the latent space.
+def prompt_inputs(gpu: GpuDevice, q: Tensor, new: NewTokens, nope: int, cache: Tensor) -> Tensor:
+    """As decode_inputs, but q_pe is rotated in place and the queries stay out of the latent space.
 
     -> the new tokens' rows [T, lora + rope], as the cache has them.
     """
@@ -164,7 +164,7 @@ def rotate_pairs_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def prompt_inputs_torch(q: Tensor, new: NewTokens, nope: int, cache: Tensor) -> Tensor:
-    """The plain body of `prompt_inputs`."""
+    """`prompt_inputs` in plain torch."""
     q[..., nope:] = rotate_pairs_torch(q[..., nope:], new.cos, new.sin)
     latent = rms_norm_torch(new.latent, new.norm_weight, new.eps)
     k_pe = rotate_pairs_torch(new.k_pe.unsqueeze(1), new.cos, new.sin).squeeze(1)
@@ -174,7 +174,7 @@ def prompt_inputs_torch(q: Tensor, new: NewTokens, nope: int, cache: Tensor) -> 
 
 
 def decode_inputs_torch(q: Tensor, new: NewTokens, w_uk: Tensor, cache: Tensor) -> Tensor:
-    """The plain body of `decode_inputs`."""
+    """`decode_inputs` in plain torch."""
     nope = w_uk.shape[1]
     q = q.clone()
     prompt_inputs_torch(q, new, nope, cache)

@@ -1,4 +1,4 @@
-"""RMSNorm kernels, alone and behind the residual addition; one program a row."""
+"""RMSNorm kernels, alone and after the residual addition, with one program for each row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 
 @triton.jit
@@ -23,23 +23,23 @@ def _rms_norm_kernel(x, residual, weight, y, size, stride_x, stride_y, eps, BLOC
     value = tl.load(x + row * stride_x + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row * size + at, mask=inside, other=0.0).to(tl.float32)
-        # What is normalised is what is kept: rounded first.
+        # Normalise the rounded value, which is the one that is kept.
         value = value.to(residual.dtype.element_ty).to(tl.float32)
         tl.store(residual + row * size + at, value.to(residual.dtype.element_ty), mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / size + eps)
-    # Published models round before the weight is multiplied.
+    # Published models round before they multiply with the weight.
     normed = (value * scale).to(y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * stride_y + at, (normed * w).to(y.dtype.element_ty), mask=inside)
 
 
-def rms_norm(gpu: Gpu, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(gpu: GpuDevice, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, size], rows may be strided -> [T, size] contiguous."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(gpu, x, x, weight, y, eps, add=False)
     return y
 
 
-def add_rms_norm(gpu: Gpu, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(gpu: GpuDevice, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); `residual` [T, size] contiguous becomes the sum."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(gpu, x, residual, weight, y, eps, add=True)
@@ -47,12 +47,12 @@ def add_rms_norm(gpu: Gpu, x: Tensor, residual: Tensor, weight: Tensor, eps: flo
 
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The plain body."""
+    """The same in plain torch."""
     value = x.float()
     return (value * torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def _launch(gpu: Gpu, x: Tensor, residual: Tensor, weight: Tensor, y: Tensor, eps: float, add: bool) -> None:
+def _launch(gpu: GpuDevice, x: Tensor, residual: Tensor, weight: Tensor, y: Tensor, eps: float, add: bool) -> None:
     rows, size = x.shape
     if rows == 0:
         return

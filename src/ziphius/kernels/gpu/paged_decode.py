@@ -1,8 +1,8 @@
 """Decode attention over a paged cache, split over the sequence: latent attention (MLA) and grouped queries (GQA).
 
-Each (token, group of heads, split) is one program; every split leaves its own normalised sum and the log of its
-weight (base 2), and whoever reads them next combines them. How many splits there are depends on the batch unless a
-fixed length is given: then a token's sums are cut in the same places whatever else runs beside it.
+Each (token, group of heads, split) is one program; every split writes its own normalised sum and the log of its
+weight (base 2), and the next kernel combines them. The number of splits depends on the batch, unless a fixed length
+is given: then a token's sums are split at the same places whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 _LOG2E = 1.4426950408889634
 FIXED_SPLIT = 1024
-"""Tokens a split has when cuts may not depend on the batch."""
+"""Tokens of a split when the splits may not depend on the batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPlan:
-    """How sequences are cut."""
+    """How sequences are split."""
 
     splits: int
     chunk: int
-    """Tokens of a split; 0: each sequence is cut evenly."""
+    """Tokens of a split. 0: each sequence is split evenly."""
 
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """Where the sequences of a decode batch lie."""
+    """Where the sequences of a decode batch are in the cache."""
 
     page_table: Tensor
     """[T, pages] int32."""
@@ -44,7 +44,7 @@ class Paged:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What the splits left."""
+    """The results of the splits."""
 
     sums: Tensor
     """[T, H, splits, D], each normalised; with one split in the queries' type, else float32."""
@@ -61,7 +61,7 @@ def split_plan(programs: int, longest: int, processors: int, *, fixed: int | Non
 
 
 def fewer_splits(splits: int, longest: int) -> int:
-    """`splits`, or as many as leave 32 tokens for each."""
+    """`splits`, or fewer so that each has at least 32 tokens."""
     while splits > 1 and splits * 32 > longest:
         splits //= 2
     return splits
@@ -93,7 +93,7 @@ def _mine(seq_lens, splits, chunk, HEADS: tl.constexpr, EACH: tl.constexpr, BLOC
 
 @triton.jit
 def _pages(page_at, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Pages that hold tokens start, ... of a sequence: one if it holds all BLOCK, else as many as BLOCK takes up."""
+    """The pages with tokens start, ... of a sequence: one if it holds all BLOCK tokens, else as many as needed."""
     if PAGE % BLOCK == 0:
         pages = tl.load(page_at + start // PAGE, mask=start < end, other=0)
     else:
@@ -105,7 +105,7 @@ def _pages(page_at, start, end, PAGE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _slots(pages, start, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK]: where those tokens lie. A lookup for each row would cost more instructions than its products."""
+    """[BLOCK]: the slots of those tokens. A lookup for each row would cost more instructions than its products."""
     j = tl.arange(0, BLOCK)
     if PAGE % BLOCK == 0:
         slots = pages.to(tl.int64) * PAGE + start % PAGE + j
@@ -118,9 +118,9 @@ def _slots(pages, start, PAGE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _weigh(scores, seen, highest, weights, AXIS: tl.constexpr):
-    """A round's scores (log2), of which AXIS is the tokens' -> (weights, by what older sums fade, highest, weights).
+    """A round's scores (log2), of which AXIS is the tokens' -> (weights, factor of older sums, highest, sums).
 
-    `weights` are kept token by token: what they add up to is asked for once, after the last round.
+    The sum of weights is kept for each position of a block, and added up once, after the last round.
     """
     scores = tl.where(tl.expand_dims(seen, 1 - AXIS), scores, float("-inf"))
     higher = tl.maximum(highest, tl.max(scores, axis=AXIS))
@@ -136,8 +136,8 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table,
                 PDL: tl.constexpr):  # fmt: skip
     """Grid: tokens, head blocks, splits. A cache row is key and, but for its rotary part, value of every head.
 
-    The latent is read as two halves, and a score is three sums: with few heads each is a chain of products in which
-    one waits for the other, and one chain would leave the tensor cores idle.
+    The latent is read as two halves, and a score is three sums: with few heads each sum is a chain of products
+    that wait for each other, and a single chain would leave the tensor cores idle.
     """
     HALF: tl.constexpr = LORA // 2
     c, r, j = tl.arange(0, HALF), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_KV)
@@ -151,7 +151,7 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table,
         highest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         weights = tl.zeros((BLOCK_H, BLOCK_KV), tl.float32)
         low, high = tl.zeros((BLOCK_H, HALF), tl.float32), tl.zeros((BLOCK_H, HALF), tl.float32)
-        # Pages are looked up one round ahead: so the rows' addresses are there when their loads can be issued.
+        # Pages are looked up one round ahead, so that the rows' addresses are known when their loads can start.
         page_at = page_table + t * stride_table
         pages = _pages(page_at, first, end, PAGE, BLOCK_KV)
         for start in tl.range(first, end, BLOCK_KV, num_stages=STAGES):
@@ -161,7 +161,7 @@ def _mla_kernel(q, cache, page_table, seq_lens, sums, logs, scale, stride_table,
             latent_low = tl.load(row + c[None, :], mask=seen[:, None], other=0.0)
             latent_high = tl.load(row + HALF + c[None, :], mask=seen[:, None], other=0.0)
             k_pe = tl.load(row + LORA + r[None, :], mask=seen[:, None] & (r < ROPE)[None, :], other=0.0)
-            # Scaled one by one: the compiler would make one chain of a bare sum of products.
+            # Each is scaled by itself: the compiler would turn a plain sum of products into one chain.
             scores = tl.dot(q_low, tl.trans(latent_low), input_precision="ieee") * scale
             scores += tl.dot(q_high, tl.trans(latent_high), input_precision="ieee") * scale
             scores += tl.dot(q_pe, tl.trans(k_pe), input_precision="ieee") * scale
@@ -185,7 +185,7 @@ def _mla_keys_first_kernel(
     """As `_mla_kernel`, with cache rows as the tensor cores' first operand: few heads leave most of a tile empty then.
 
     Scores are [BLOCK_KV, BLOCK_H], sums [LORA, BLOCK_H]. On Hopper these are products of whole warp groups, which
-    keep a chain of them busy but wait after each call: so there are few calls.
+    run a chain well but wait after each call, so there are few calls.
     """
     c, r, j = tl.arange(0, LORA), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_KV)
     t, h, part, first, end = _mine(seq_lens, splits, chunk, HEADS, BLOCK_H, BLOCK_H, BLOCK_KV, PDL)
@@ -254,8 +254,8 @@ def _gqa_kernel(q, k_cache, v_cache, page_table, seq_lens, sums, logs, scale, st
 
 
 @dataclass(frozen=True, slots=True)
-class MLAConfig:
-    """How latent attention is cut."""
+class MLADecodeConfig:
+    """The tiling of latent attention."""
 
     block_h: int
     """Query heads a program takes: more heads read the cache less often, and need more registers."""
@@ -263,22 +263,22 @@ class MLAConfig:
     stages: int = 3
     warps: int = 4
     keys_first: bool = False
-    """Which operand comes first: cache rows, for few heads, or queries."""
+    """Whether the cache's rows are the first operand, which suits few heads."""
 
 
-def mla_config(heads: int, element_size: int) -> MLAConfig:
-    """Where nothing was measured. Of few heads a program leaves room for a second one on its processor."""
-    return MLAConfig(16 if heads <= 32 else 32, 16 if element_size == 4 else 32, 3, 4 if heads <= 32 else 8)
+def mla_config(heads: int, element_size: int) -> MLADecodeConfig:
+    """The tiling where nothing was measured. With few heads a processor has room for a second program."""
+    return MLADecodeConfig(16 if heads <= 32 else 32, 16 if element_size == 4 else 32, 3, 4 if heads <= 32 else 8)
 
 
 def mla_parts(
-    gpu: Gpu,
+    gpu: GpuDevice,
     q: Tensor,
     cache: Tensor,
     paged: Paged,
     scale: float,
     plan: SplitPlan,
-    config: MLAConfig | None = None,
+    config: MLADecodeConfig | None = None,
 ) -> Parts:
     """q [T, H, lora + rope] (decode_inputs), cache [slots, lora + rope]; lora: a power of two, 32 at least."""
     tokens, heads, width = q.shape
@@ -297,7 +297,7 @@ def mla_parts(
 
 
 def gqa_parts(
-    gpu: Gpu, q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: Paged, scale: float, plan: SplitPlan
+    gpu: GpuDevice, q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: Paged, scale: float, plan: SplitPlan
 ) -> Parts:
     """q [T, H, D], rows may be strided; caches [slots, KH, D]."""
     tokens, heads, dim = q.shape
@@ -313,7 +313,7 @@ def gqa_parts(
 
 
 def mla_parts_torch(q: Tensor, cache: Tensor, paged: Paged, scale: float, plan: SplitPlan) -> Parts:
-    """The plain body, token by token."""
+    """The same in plain torch, token by token."""
     lora = 1 << (q.shape[2].bit_length() - 1)
     return _parts_torch(
         q, lambda slots: (cache[slots].unsqueeze(1), cache[slots, :lora].unsqueeze(1)), paged, scale, plan
@@ -321,7 +321,7 @@ def mla_parts_torch(q: Tensor, cache: Tensor, paged: Paged, scale: float, plan: 
 
 
 def gqa_parts_torch(q: Tensor, k_cache: Tensor, v_cache: Tensor, paged: Paged, scale: float, plan: SplitPlan) -> Parts:
-    """The plain body, token by token."""
+    """The same in plain torch, token by token."""
     return _parts_torch(q, lambda slots: (k_cache[slots], v_cache[slots]), paged, scale, plan)
 
 

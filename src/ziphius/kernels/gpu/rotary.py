@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 
 
 @triton.jit
@@ -33,10 +33,10 @@ def _rotate_kernel(x, cos, sin, heads, stride_t, stride_h, HALF: tl.constexpr, B
     tl.store(b_at, (b * c + a * s).to(x.dtype.element_ty), mask=inside)
 
 
-def rotate(gpu: Gpu, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(gpu: GpuDevice, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [T, heads, D], any strides but the last's; cos and sin [T, D / 2] float32. Rotates in place, returns x.
 
-    The plain body is TorchOps.rotate.
+    TorchOps.rotate is the same in plain torch.
     """
     tokens, heads, dim = x.shape
     if tokens:

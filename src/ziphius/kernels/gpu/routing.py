@@ -1,7 +1,7 @@
-"""Who goes to which expert, decided on the device: top-k of the router's scores, and tokens sorted by expert.
+"""Which tokens go to which expert, decided on the device: top-k of the router's scores, and tokens sorted by expert.
 
 A *pair* is (token, one of its experts): pair p belongs to token p // width. Shared experts, which every token
-passes, may be appended as experts E, E + 1, ... of weight 1, so that one kernel computes all experts.
+uses, may be appended as experts E, E + 1, ... of weight 1, so that one kernel computes all experts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ziphius.checkpoint.config import MoEConfig
-from ziphius.kernels.gpu.device import Gpu, allow_next, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, wait_for_previous
 from ziphius.kernels.gpu.norm import rms_norm_torch
 
 ALIGN_AT_ONCE = 1024
@@ -38,17 +38,17 @@ class ExpertBlocks:
     pairs: Tensor
     """[blocks * block_size] int32; the number of pairs stands for padding."""
     experts: Tensor
-    """[blocks] int32: whose block; -1 for one that is not used."""
+    """[blocks] int32: the expert of each block; -1 for an unused block."""
     block_size: int
 
 
 @triton.jit
 def _choose(scores, expert, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, KEPT_GROUPS: tl.constexpr):
-    """Scores outside the best groups become 0; a group scores as its best expert. scores [G, P] -> [G, P]."""
+    """Scores outside the best groups become 0. A group has the score of its best expert. scores [G, P] -> [G, P]."""
     if GROUPS > KEPT_GROUPS:
         best = tl.max(scores, axis=1)
         group = tl.arange(0, scores.shape[0])
-        # Groups that go before this one: better ones, and of equals the first.
+        # Groups that come before this one: better ones, and among equals the earlier ones.
         before = (best[None, :] > best[:, None]) | (
             (best[None, :] == best[:, None]) & (group[None, :] < group[:, None])
         )
@@ -119,7 +119,7 @@ def _route_kernel(x, norm_weight, gate, normed, logits, ids, weights, counts, ar
                   PDL: tl.constexpr):  # fmt: skip
     """Norm, router and top-k of a few tokens in one launch. Grid: expert blocks, tokens.
 
-    The program that is the last of its token to store its logits chooses. Columns as in gemv: BLOCK_A + BLOCK_B.
+    The last program that stores logits of a token chooses its experts. Columns as in gemv: BLOCK_A + BLOCK_B.
     """
     block = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
@@ -141,7 +141,7 @@ def _route_kernel(x, norm_weight, gate, normed, logits, ids, weights, counts, ar
         x_b = tl.load(x + token * stride_x + b, mask=inside, other=0.0).to(tl.float32)
         squares += tl.sum(x_b * x_b, axis=0)
     root = tl.rsqrt(squares / columns + eps)
-    # Rounded as the experts will read it: the router sees what they see.
+    # Rounded as the experts will read it, so that the router reads the same values.
     x_a = ((x_a * root).to(normed.dtype.element_ty).to(tl.float32) * norm_a).to(normed.dtype.element_ty)
     if block == 0:
         tl.store(normed + token * columns + a, x_a)
@@ -180,9 +180,9 @@ def _count_kernel(ids, ranks, counts, sorted_pairs, num_pairs, num_sorted, BLOCK
 @triton.jit
 def _place(ids, ranks, counts, sorted_pairs, block_experts, num_pairs, num_blocks, first, EXPERTS: tl.constexpr,
            BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Pairs from `first` on to their places. counts [EXPERTS] -> where each expert's blocks begin, and whose they are.
+    """Put pairs from `first` on into their places. counts [EXPERTS] give each expert's blocks.
 
-    The first program alone says whose blocks they are.
+    Only the first program writes the experts of the blocks.
     """
     e = tl.arange(0, EXPERTS)
     blocks = tl.cdiv(tl.load(counts + e, cache_modifier=".cg"), BLOCK_SIZE)
@@ -241,7 +241,7 @@ class RouteWorkspace:
         return cls(*(torch.zeros(1024, dtype=torch.int32, device=device) for _ in range(2)))
 
 
-def top_k(gpu: Gpu, logits: Tensor, moe: MoEConfig, shared: int, workspace: RouteWorkspace) -> Routes:
+def top_k(gpu: GpuDevice, logits: Tensor, moe: MoEConfig, shared: int, workspace: RouteWorkspace) -> Routes:
     """logits [T, experts] float32 -> routes of moe.num_experts_per_tok + shared pairs a token."""
     routes = _empty_routes(logits.shape[0], moe, shared, logits.device)
     if logits.shape[0]:
@@ -253,7 +253,7 @@ def top_k(gpu: Gpu, logits: Tensor, moe: MoEConfig, shared: int, workspace: Rout
 
 
 def route(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     norm_weight: Tensor,
     eps: float,
@@ -278,10 +278,10 @@ def route(
     return normed, routes
 
 
-def align(gpu: Gpu, routes: Routes, experts: int, block_size: int, workspace: RouteWorkspace) -> ExpertBlocks:
+def align(gpu: GpuDevice, routes: Routes, experts: int, block_size: int, workspace: RouteWorkspace) -> ExpertBlocks:
     """Sort pairs by expert into blocks. `experts` counts the shared ones where routes have them.
 
-    The order inside an expert is arbitrary: no result depends on it, because a row of a product does not know its
+    The order inside an expert is arbitrary: no result depends on it, because a row of a product does not depend on its
     place. workspace.counts must be zero: `top_k` and `route` leave it so.
     """
     pairs = routes.ids.numel()
@@ -311,7 +311,7 @@ def align(gpu: Gpu, routes: Routes, experts: int, block_size: int, workspace: Ro
 def route_torch(
     x: Tensor, norm_weight: Tensor, eps: float, gate: Tensor, moe: MoEConfig, shared: int
 ) -> tuple[Tensor, Routes]:
-    """The plain body of `route`; of `top_k` from the logits on."""
+    """`route` in plain torch. From the logits on it is `top_k`."""
     from ziphius.kernels.routing_reference import select_experts
 
     normed = rms_norm_torch(x, norm_weight, eps)

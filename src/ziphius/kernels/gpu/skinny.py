@@ -1,4 +1,4 @@
-"""Matrix times a few vectors (a decode batch): y = x W^T + residual, bound by the weights' bytes.
+"""Matrix times a few vectors (a decode batch): y = x W^T + residual, limited by the weights' bytes.
 
 The weights are the tensor cores' first operand and the tokens the second, so that no token slot below 8 is wasted
 and Hopper reads the weights straight from shared memory. K may be split over programs: the last one to arrive adds
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ziphius.kernels.gpu.device import Gpu, allow_next, prefetch_rows_l2, wait_for_previous
+from ziphius.kernels.gpu.device import GpuDevice, allow_next, prefetch_rows_l2, wait_for_previous
 
 MAX_TOKENS = 128
-"""A program takes this many tokens at most; more tokens are more programs."""
+"""A program takes at most this many tokens. For more tokens there are more programs."""
 MAX_SPLITS = 16
 COUNTERS = 4096
 PARTIAL_VALUES = 1 << 23
@@ -26,7 +26,7 @@ PARTIAL_VALUES = 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class SkinnyConfig:
-    """How the product is cut."""
+    """The tiling of the product."""
 
     block_n: int
     """Rows of the weight a program takes."""
@@ -36,16 +36,16 @@ class SkinnyConfig:
     stages: int = 4
     warps: int = 4
     prefetch: bool = True
-    """Ask for the weights to come into L2 while the kernel before this one ends."""
+    """Prefetch the weights into L2 while the kernel before this one ends."""
 
     def for_values_of(self, nbytes: int) -> SkinnyConfig:
-        """For 4-byte values, what fits the shared memory that this one needs for 2-byte ones."""
+        """The tiling for 4-byte values that needs as much shared memory as this one for 2-byte values."""
         return self if nbytes <= 2 else replace(self, block_k=max(16, self.block_k // 2), stages=min(2, self.stages))
 
 
 @dataclass(frozen=True, slots=True)
 class SplitWorkspace:
-    """Where programs that share one output meet. Belongs to one stream; `counters` are zero between kernels."""
+    """Where programs that share one output add their parts. For one stream; `counters` are zero between kernels."""
 
     partials: Tensor
     """[PARTIAL_VALUES] float32."""
@@ -120,7 +120,7 @@ def _store(y, residual, total, n, t, rows, tokens, stride_y, stride_r, RESIDUAL:
 
 
 def skinny_linear(
-    gpu: Gpu,
+    gpu: GpuDevice,
     x: Tensor,
     weight: Tensor,
     workspace: SplitWorkspace,
@@ -166,6 +166,6 @@ def usable_splits(config: SkinnyConfig, tokens: int, block_t: int, rows: int, co
 
 
 def skinny_linear_torch(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """The plain body."""
+    """The same in plain torch."""
     y = F.linear(x, weight)
     return y if residual is None else y + residual

@@ -1,14 +1,14 @@
-"""Tuned: which cut of a product is fastest on a device, read from data; measuring is benchmarks/tune_kernels.py's.
+"""Tuned: which tiling of a product is fastest on a device, read from what benchmarks/tune_kernels.py has measured.
 
 `tuned/NAME.json` holds what was measured for a device and the shapes of some models:
 {"gemv": {"ROWSxCOLUMNS": [rows a program, warps]},
  "skinny": {"ROWSxCOLUMNS": {"TOKENS": [SkinnyConfig's fields] | null}},
- "mla": {"HEADSxLORA": {"TOKENS": [splits, then MLAConfig's fields]}},
+ "mla": {"HEADSxLORA": {"TOKENS": [splits, then MLADecodeConfig's fields]}},
  "experts": {"EXPERTSxHIDDENxWIDTH": {"TOKENS": {"pairs": [PairConfig's fields]} |
                                                 {"block_m": B, "first": [GroupedConfig's fields], "second": [...],
                                                  "prompt": true where many tokens an expert are computed}}}}
-A number of tokens means: up to so many; null: the library is faster. What is not there is guessed from sizes, or taken
-from a device with the same processors.
+A number of tokens means: up to so many. null: the library is faster. What is missing is guessed from the sizes, or
+taken from a device with the same processors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ from typing import Any
 
 import triton
 
-from ziphius.kernels.gpu.device import Gpu
+from ziphius.kernels.gpu.device import GpuDevice
 from ziphius.kernels.gpu.experts import GroupedConfig, PairConfig, pair_config
-from ziphius.kernels.gpu.paged_decode import FIXED_SPLIT, MLAConfig, SplitPlan, fewer_splits, mla_config, split_plan
+from ziphius.kernels.gpu.paged_decode import (
+    FIXED_SPLIT,
+    MLADecodeConfig,
+    SplitPlan,
+    fewer_splits,
+    mla_config,
+    split_plan,
+)
 from ziphius.kernels.gpu.skinny import SkinnyConfig
 
 _MAX_SKINNY_TOKENS = 64
@@ -38,7 +45,7 @@ class GroupedPlan:
     first: GroupedConfig
     second: GroupedConfig
     prompt: bool = False
-    """Many tokens an expert: prompt_experts', which knows no shared experts."""
+    """Many tokens for each expert: use prompt_experts, which has no shared experts."""
 
 
 ExpertsPlan = PairConfig | GroupedPlan
@@ -47,12 +54,12 @@ ExpertsPlan = PairConfig | GroupedPlan
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    gpu: Gpu
+    gpu: GpuDevice
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, gpu: Gpu) -> Tuned:
-        """What was measured on this device; on another Hopper GPU, what was measured on an H200: the same processor."""
+    def of(cls, gpu: GpuDevice) -> Tuned:
+        """What was measured on this device. Other Hopper GPUs use what was measured on an H200: the same processor."""
         hopper = re.match(r"NVIDIA G?H\d", gpu.name) is not None
         for name in (gpu.name, *(("NVIDIA H200",) if hopper else ())):
             path = resources.files("ziphius.kernels.gpu") / "tuned" / (re.sub(r"[ /]", "_", name) + ".json")
@@ -61,7 +68,7 @@ class Tuned:
         return cls(gpu)
 
     def skinny(self, tokens: int, rows: int, columns: int) -> SkinnyConfig | None:
-        """None: not by this kernel."""
+        """None: this kernel is not used."""
         if self.gpu.batch_invariant:
             return SkinnyConfig(32, 128 if columns >= 128 else 32, 1)
         by_tokens = self.measured.get("skinny", {}).get(f"{rows}x{columns}")
@@ -71,11 +78,13 @@ class Tuned:
         return guess_skinny(self.gpu, tokens, rows, columns) if tokens <= _MAX_SKINNY_TOKENS else None
 
     def gemv(self, rows: int, columns: int) -> tuple[int, int] | None:
-        """None: by sizes alone."""
+        """None: guess from the sizes."""
         best = self.measured.get("gemv", {}).get(f"{rows}x{columns}")
         return None if best is None else (best[0], best[1])
 
-    def mla(self, tokens: int, heads: int, lora: int, longest: int, element_size: int) -> tuple[SplitPlan, MLAConfig]:
+    def mla(
+        self, tokens: int, heads: int, lora: int, longest: int, element_size: int
+    ) -> tuple[SplitPlan, MLADecodeConfig]:
         """`longest`: tokens of the longest sequence there may be."""
         guess = mla_config(heads, element_size)
         programs = tokens * triton.cdiv(heads, guess.block_h)
@@ -85,7 +94,7 @@ class Tuned:
         if by_tokens is None or element_size > 2:
             return split_plan(programs, longest, self.gpu.processors), guess
         splits, *fields = _up_to(by_tokens, tokens)
-        return SplitPlan(fewer_splits(splits, longest), 0), MLAConfig(*fields)
+        return SplitPlan(fewer_splits(splits, longest), 0), MLADecodeConfig(*fields)
 
     def experts(self, tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
         if self.gpu.batch_invariant:
@@ -100,8 +109,8 @@ class Tuned:
         return GroupedPlan(best["block_m"], first, second, best.get("prompt", False))
 
 
-def guess_skinny(gpu: Gpu, tokens: int, rows: int, columns: int) -> SkinnyConfig:
-    """Enough programs for two a processor, each with at least 512 columns, all alike."""
+def guess_skinny(gpu: GpuDevice, tokens: int, rows: int, columns: int) -> SkinnyConfig:
+    """Enough equal programs for two on each processor, each with at least 512 columns."""
     block_n = 64 if rows >= 64 else 16
     block_k = 128 if columns >= 128 else 32
     steps = triton.cdiv(columns, block_k)
@@ -110,15 +119,15 @@ def guess_skinny(gpu: Gpu, tokens: int, rows: int, columns: int) -> SkinnyConfig
     return SkinnyConfig(block_n, block_k, splits, stages=4 if tokens <= 32 else 3)
 
 
-def guess_experts(gpu: Gpu, tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
+def guess_experts(gpu: GpuDevice, tokens: int, experts: int, hidden: int, width: int, top_k: int) -> ExpertsPlan:
     """Blocks about as large as an expert's share of the tokens."""
     if tokens <= 4:
         return pair_config(hidden, width, 2)
     share = tokens * top_k / experts
-    # Tensor descriptors, which prompts are computed by, want rows of whole 16 bytes.
+    # Tensor descriptors, which the prompt kernels use, need rows of a multiple of 16 bytes.
     if share <= 24 or hidden % 8 or width % 8:
         return GroupedPlan(16, GroupedConfig(32, 128), GroupedConfig(64, 128, tiles=8))
-    # Before Hopper the operands of a product take registers too.
+    # Before Hopper the operands of a product need registers too.
     block_k = 64 if gpu.pdl else 32
     if share <= 96:
         first, second = GroupedConfig(64, block_k, 4, 4), GroupedConfig(128, block_k, 3, 4, tiles=8)

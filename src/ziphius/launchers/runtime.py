@@ -1,4 +1,4 @@
-"""What a runtime (a Python, Apptainer, Docker) is asked to run: SGLang's arguments and what it must see; data only."""
+"""What a runtime (a Python, Apptainer, Docker) runs: SGLang's arguments, and the folders and variables it needs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MODULE = ("-m", "sglang.launch_server")
 SECRETS_FLAG = "--config"
 """SGLang reads further settings from a YAML file: the API key goes there, off the command line."""
 _NOT_FOR_A_CHILD = "ZIPHIUS_"
-# What of the caller's environment a container gets; the image has its own of everything else.
+# The variables of the caller's environment that a container gets. The image has its own values for all others.
 _FORWARDED_PREFIXES = ("HF_", "NCCL_", "SGLANG_", "SGL_", "CUDA_", "GLOO_", "UCX_", "NVSHMEM_", "TORCH",
                        "TRITON_", "FLASHINFER_", "OMP_", "OTEL_", "TRANSFORMERS_",
                        "TOKENIZERS_")  # fmt: skip
 _FORWARDED = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy",
               "all_proxy", "TZ", "LANG", "LC_ALL", "MASTER_ADDR", "MASTER_PORT", "PYTORCH_CUDA_ALLOC_CONF",
               "PYTORCH_ALLOC_CONF")  # fmt: skip
-# Folders of the host: the image has its own CUDA, and of the hub's folder, in which a model's own code is unpacked too,
-# only the cache is there; the rest is then in XDG_CACHE_HOME.
+# Folders of the host that a container must not get. The image has its own CUDA. Of the hub's folder it gets only the
+# cache; what else would be in it, such as a model's unpacked code, then goes to XDG_CACHE_HOME.
 _OF_THE_HOST = ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT", "TRITON_PTXAS_PATH", "HF_HOME")
 CACHE_FOLDERS = {
     "XDG_CACHE_HOME": "xdg",
@@ -32,7 +32,7 @@ CACHE_FOLDERS = {
     "SGLANG_DG_CACHE_DIR": "deep_gemm",
     "DG_JIT_CACHE_DIR": "deep_gemm",
 }
-"""Variable -> folder in the cache: what a server compiles. An image is read-only, and such files on NFS break."""
+"""Variable -> folder for what a server compiles. An image is read-only, and such files do not work on NFS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +44,17 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class SglangServer:
     """One SGLang server."""
 
     name: str
-    """Of the instance."""
+    """The instance's name."""
     arguments: tuple[str, ...]
     variables: Mapping[str, str]
-    """Set by Ziphius itself, whatever the caller's environment says."""
+    """Variables that Ziphius sets, whatever the caller's environment says."""
     secrets: PrivateFile | None
     reads: tuple[Path, ...]
-    """Folders that it must see: the model, wherever its links lead."""
+    """Folders that it must see: the model's, and those to which the model's links lead."""
     hub_cache: Path
     """Where it finds and keeps what it fetches from the hub."""
     compiled: Path
@@ -68,54 +68,54 @@ class Job:
 
 
 class Runtime(Protocol):
-    """How a job becomes a process on this machine."""
+    """How a server becomes a process on this machine."""
 
     def require(self, env: Mapping[str, str]) -> None:
-        """ConfigError, with what to do, where what it needs is not there."""
+        """ConfigError, with what to do, when something that it needs is missing."""
         ...
 
-    def launch(self, job: Job, env: Mapping[str, str]) -> Launch:
-        """The process, also where what it needs is not there (to be shown)."""
+    def launch(self, server: SglangServer, env: Mapping[str, str]) -> Launch:
+        """The process to start. It can also be shown when something that it needs is missing."""
         ...
 
 
-def server_words(job: Job) -> tuple[str, ...]:
-    """What follows the interpreter."""
-    secrets = () if job.secrets is None else (SECRETS_FLAG, str(job.secrets.path))
-    return (*MODULE, *job.arguments, *secrets)
+def server_words(server: SglangServer) -> tuple[str, ...]:
+    """The words of the command line that follow the interpreter."""
+    secrets = () if server.secrets is None else (SECRETS_FLAG, str(server.secrets.path))
+    return (*MODULE, *server.arguments, *secrets)
 
 
 def without_own(env: Mapping[str, str]) -> dict[str, str]:
-    """The caller's environment less Ziphius' own variables (one of which may be the API key)."""
+    """The caller's environment without Ziphius' own variables (one of them may be the API key)."""
     return {name: value for name, value in env.items() if not name.startswith(_NOT_FOR_A_CHILD)}
 
 
-def container_variables(job: Job, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment inside an image: what of the caller's makes sense there, the caches, and the job's own."""
+def container_variables(server: SglangServer, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment inside an image: the caller's variables that make sense there, caches, the server's own."""
     inside = {
         name: value
         for name, value in env.items()
         if (name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES)) and name not in _OF_THE_HOST
     }
-    inside |= {name: str(job.compiled / folder) for name, folder in CACHE_FOLDERS.items()}
+    inside |= {name: str(server.compiled / folder) for name, folder in CACHE_FOLDERS.items()}
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         inside.pop(name, None)
-    inside["HF_HUB_CACHE"] = str(job.hub_cache)
-    return {**inside, **job.variables}
+    inside["HF_HUB_CACHE"] = str(server.hub_cache)
+    return {**inside, **server.variables}
 
 
-def mounts(job: Job) -> tuple[Mount, ...]:
-    """In the order in which they are made: what lies inside another comes after it."""
-    found = {path: Mount(path) for path in job.reads}
-    if job.secrets is not None:
-        found[job.secrets.path] = Mount(job.secrets.path)
-    found[job.hub_cache] = Mount(job.hub_cache, writable=True)
-    found[job.compiled] = Mount(job.compiled, writable=True)
+def mounts(server: SglangServer) -> tuple[Mount, ...]:
+    """The mounts in the order in which they are made: one inside another comes after it."""
+    found = {path: Mount(path) for path in server.reads}
+    if server.secrets is not None:
+        found[server.secrets.path] = Mount(server.secrets.path)
+    found[server.hub_cache] = Mount(server.hub_cache, writable=True)
+    found[server.compiled] = Mount(server.compiled, writable=True)
     return tuple(found[path] for path in sorted(found))
 
 
-def made_folders(job: Job) -> tuple[Path, ...]:
-    return (job.hub_cache, job.home, *sorted({job.compiled / folder for folder in CACHE_FOLDERS.values()}))
+def made_folders(server: SglangServer) -> tuple[Path, ...]:
+    return (server.hub_cache, server.home, *sorted({server.compiled / folder for folder in CACHE_FOLDERS.values()}))
 
 
 def needed_folders(model: str) -> tuple[Path, ...]:
