@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from types import FunctionType
@@ -12,10 +11,6 @@ import torch
 
 # Helpers lie beside this file, and transformers as the oracle beside the models' tests.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "models")]
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, Triton's own too: before triton is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="triton is not installed")
 
