@@ -84,9 +84,15 @@ _LONGEST = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """What `-n auto`, the default, means: a process for each core, and for a single file only this one."""
+    """What `-n auto`, the default, means: a process for each core.
+
+    For a single file it is only this process, which saves the start of others; and where there is a GPU, because
+    servers and kernels that run beside each other would take its memory from each other.
+    """
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # xdist reads it
+    if _has_gpu():
+        return 0
     files = {argument.partition("::")[0] for argument in config.args}
     if len(files) == 1 and files.pop().endswith(".py"):
         return 0
