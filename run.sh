@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with Ziphius in it, when it is missing or pyproject.toml has changed, and hands over to `ziphius`.
 #   ./run.sh start | status | logs | chat | stop | ...    the ziphius command
-#   ./run.sh test [pytest arguments]                      linters, types and tests
+#   ./run.sh test [pytest arguments]                      linters, types and tests (-n 0: in one process)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -25,11 +25,11 @@ from tests.end_to_end.conftest import (
     Server,
     alive,
     clean_environment,
-    free_port,
     stopped_afterwards,
     wait_until,
 )
 from tests.end_to_end.small_v25 import SHARDS, write_small_v25
+from tests.ports import free_port
 from tests.shared_memory import SharedMemory
 
 from ziphius import LLM

@@ -13,7 +13,8 @@ import time
 import httpx2 as httpx
 import psutil
 import pytest
-from tests.end_to_end.conftest import alive, free_port, wait_until
+from tests.end_to_end.conftest import alive, wait_until
+from tests.ports import free_port
 
 from ziphius.config import DEFAULT_MODEL
 

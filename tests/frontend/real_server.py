@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2 as httpx
 import psutil
+from tests.ports import free_port
 from tests.shared_memory import SharedMemory
 
 from ziphius.manager import process
@@ -151,13 +152,6 @@ class Client(threading.Thread):
                 self.text += text
                 self.begun.set()
             self.status = answer.status_code
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 def _gone(pid: int) -> bool:

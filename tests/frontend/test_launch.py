@@ -16,6 +16,7 @@ import httpx2 as httpx
 import psutil
 import pytest
 import server_fakes as fakes
+from tests.ports import free_port
 
 from ziphius.config import resolve
 from ziphius.errors import PortInUse
@@ -77,12 +78,6 @@ class Process:
 
     def signal(self, number):
         self.process.send_signal(number)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def gone(pid):

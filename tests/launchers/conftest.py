@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.ports import free_port
 
 from ziphius.config import Resolved, resolve
 from ziphius.launchers.engines import engine_launcher
@@ -63,13 +63,6 @@ class SglangBench:
 
 def target(record: Record) -> process.StartedProcess:
     return process.StartedProcess(record.pid or 0, record.identity, record.run_id)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def make_bench(folder: Path, env: Mapping[str, str]) -> Iterator[SglangBench]:

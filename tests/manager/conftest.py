@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from tests.ports import free_port
 
 from ziphius.config import Resolved, resolve
 from ziphius.launchers.launcher import Launch, Launcher
@@ -62,13 +62,6 @@ class Bench:
 
     def tampered(self, name: str = "default", **changes: Any) -> None:
         self.instances.write(replace(self.record(name), **changes))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from real_server import Client, RealServer, ServeProcess, free_port
+from real_server import Client, RealServer, ServeProcess
+from tests.ports import free_port
 from tiny_llama import write_tiny_llama
 
 TIMEOUTS = ("--rank-timeout", "6")

@@ -20,6 +20,7 @@ import httpx2 as httpx
 import openai
 import psutil
 import pytest
+from tests.ports import free_port
 
 from ziphius.launchers.sglang_log import lines_of, read_state
 from ziphius.manager import process
@@ -98,12 +99,6 @@ def user(tmp_path: Path) -> Iterator[User]:
     user = User(env, home)
     yield user
     user("stop", "--drain-timeout", "0", wanted=None)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start_words(python: str, model: Path, port: int, *more: str) -> list[str]:

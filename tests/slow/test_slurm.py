@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from tests.ports import free_port
 
 from ziphius.errors import AlreadyRunning, InstanceError
 from ziphius.launchers.slurm import Allocation, for_job
@@ -58,12 +59,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 def quiet(_: object) -> None:
     pass
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
 
 # Helpers lie beside this file, and transformers as the oracle beside the models' tests.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "models")]
-
-if not torch.cuda.is_available():
-    # Read when a kernel is defined, Triton's own too: before triton is imported.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -32,8 +28,28 @@ def _let_loop_bounds_be_arrays() -> None:
     interpreter._patch_lang_tensor = patch_too
 
 
+def _replace_the_language_once() -> None:
+    """Triton's interpreter replaces the functions of Triton's language at each call of a kernel and of each function
+    in it, which takes a third of the time. No kernel is compiled in this process: what is replaced may stay so."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set[bool]()
+
+    def patch_once(fn: FunctionType) -> interpreter._LangPatchScope:
+        # Those of the language itself are replaced only for a function that knows it, not for one that knows `core`.
+        whole = any(value is language for value in fn.__globals__.values())
+        if whole not in patched:
+            patched.add(whole)
+            patch(fn)
+        return interpreter._LangPatchScope()  # there is nothing to put back
+
+    interpreter._patch_lang = patch_once
+
+
 if not torch.cuda.is_available():
     _let_loop_bounds_be_arrays()
+    _replace_the_language_once()
 
 
 @pytest.fixture(scope="session")

@@ -57,9 +57,9 @@ CLASSES = {
 # (tokens in the cache before, tokens of this step) of each sequence, step by step; single tokens come first.
 STEPS = [
     [(0, 9), (0, 5)],
-    [(9, 1), (5, 30)],
-    [(10, 1), (35, 1), (0, 3)],
-    [(11, 1), (36, 1), (3, 1)],
+    [(9, 1), (5, 17)],
+    [(10, 1), (22, 1), (0, 3)],
+    [(11, 1), (23, 1), (3, 1)],
     [(12, 1)],
 ]
 
