@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError, DoesNotFit, DownloadError, ModelError, ModelNotFound
 from ziphius.launchers.software import torch_has_cuda
-from ziphius.planner.admission import admit_on_host
+from ziphius.planner.admission import admit_on_host, overridden
 from ziphius.planner.find_model import find_model
 from ziphius.planner.hardware import Host
 from ziphius.planner.plan import Plan
@@ -58,14 +58,8 @@ def plan_native(
         plan = admit_on_host(config, source, host, torch_cuda=torch_has_cuda() if torch_cuda is None else torch_cuda)
     except (ModelNotFound, DownloadError):
         return NativeStartPlan()
-    except DoesNotFit as e:
-        if not force:
-            raise type(e)(f"{e.message}; --force starts it all the same") from e
-        return NativeStartPlan(notes=(f"started although {e.message}",))
-    except (ConfigError, ModelError) as e:
-        if not force:
-            raise
-        return NativeStartPlan(notes=(f"started although {e.message}",))
+    except (DoesNotFit, ConfigError, ModelError) as e:
+        return NativeStartPlan(notes=(overridden(e, force),))
     return _start_plan(plan, host, config.nnodes, env.get("CUDA_VISIBLE_DEVICES", ""))
 
 

@@ -9,11 +9,10 @@ from ziphius.checkpoint.architectures import architecture_of
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError, ModelError
 from ziphius.launchers.sglang_settings import Planned
-from ziphius.planner.admission import refusal, request_on_host
+from ziphius.planner.admission import overridden, plan_on_host, refusal
 from ziphius.planner.find_model import find_model
-from ziphius.planner.hardware import Host, with_more_gpus
+from ziphius.planner.hardware import Host
 from ziphius.planner.plan import Plan
-from ziphius.planner.planner import build_plan
 from ziphius.planner.probe import probe_host
 
 
@@ -41,7 +40,7 @@ def plan_start(
     gpus = config.device == "cuda" or (config.device == "auto" and bool(host.gpus))
     try:
         source = find_model(config.model, env, config.revision)
-        plan = build_plan(source, _all_machines(host, resolved), request_on_host(config, host, source, torch_cuda=True))
+        plan = plan_on_host(config, source, host, torch_cuda=True)
     except ModelError as e:
         return SglangStartPlan(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     except ConfigError as e:
@@ -50,20 +49,8 @@ def plan_start(
         return SglangStartPlan(Planned(), gpus, notes=(f"started without a plan: {e.message}",))
     remote_code = architecture_of(source.config.architecture).remote_code
     if plan.recommendation is None:
-        refused = refusal(plan)
-        if not force:
-            raise type(refused)(f"{refused.message}; --force starts it all the same")
-        return SglangStartPlan(Planned(None, remote_code), gpus, notes=(f"started although {refused.message}",))
+        return SglangStartPlan(Planned(None, remote_code), gpus, notes=(overridden(refusal(plan), force),))
     return _start_plan(plan, gpus, remote_code)
-
-
-def _all_machines(host: Host, resolved: Resolved) -> Host:
-    """A host with the GPUs of all machines together. Every machine is taken to have as many GPUs as this one."""
-    config = resolved.config
-    whole = [gpu for gpu in host.gpus if not gpu.mig]
-    if config.nnodes > 1 and whole and config.tp <= len(whole) * config.nnodes:
-        return with_more_gpus(host, config.tp)
-    return host
 
 
 def _start_plan(plan: Plan, gpus: bool, remote_code: bool) -> SglangStartPlan:

@@ -11,7 +11,7 @@ from typing import cast
 
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
-from ziphius.errors import ConfigError, DoesNotFit, LacksMemory
+from ziphius.errors import ConfigError, DoesNotFit, LacksMemory, ZiphiusError
 from ziphius.formats import Device, WeightsFormat, format_named, resolve_formats
 from ziphius.planner.find_model import ModelSource
 from ziphius.planner.hardware import Host, times
@@ -38,22 +38,38 @@ def admit_on_host(config: ServeConfig, source: ModelSource, host: Host, *, torch
     """The plan for exactly what `config` asks of the native engine; its `shown` is the candidate that will run.
 
     DoesNotFit, with the numbers and the nearest changes, when the model does not fit; ConfigError as `admit_model`, and
-    when a GPU is asked for and there is none. With several machines, the plan assumes that the others are like `host`.
+    when a GPU is asked for and there is none.
 
     `torch_cuda`: whether torch has CUDA, which decides what --device auto means to the engine.
     """
     if config.device == "cuda" and not host.gpus:
         why = f": {host.gpu_error}" if host.gpu_error else ""
         raise ConfigError(f"device is cuda, but there is no GPU here{why}; use --device cpu", param="device")
-    request = request_on_host(config, host, source, torch_cuda=torch_cuda)
-    if config.deterministic and config.engine == "native":
-        device = request.device or "cpu"
+    if config.deterministic:
+        device = request_on_host(config, host, source, torch_cuda=torch_cuda).device or "cpu"
         require_deterministic(device, *resolve_formats(device, config.dtype, config.weights_format))
     admit_model(config, source.config)
-    plan = build_plan(source, times(host, config.nnodes), request)
+    plan = plan_on_host(config, source, host, torch_cuda=torch_cuda)
     if plan.recommendation is None:
         raise refusal(plan)
     return plan
+
+
+def plan_on_host(config: ServeConfig, source: ModelSource, host: Host, *, torch_cuda: bool) -> Plan:
+    """The plan for exactly what `config` asks of its engine, whether it fits or not; ConfigError as build_plan.
+
+    With several machines, the plan assumes that the others are like `host`.
+    """
+    return build_plan(source, times(host, config.nnodes), request_on_host(config, host, source, torch_cuda=torch_cuda))
+
+
+def overridden(error: ZiphiusError, force: bool) -> str:
+    """What to note about a start that `force` allows in spite of `error`. Without `force` it raises the error."""
+    if force:
+        return f"started although {error.message}"
+    if isinstance(error, DoesNotFit):
+        raise type(error)(f"{error.message}; --force starts it all the same") from error
+    raise error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
