@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ziphius.engine.llm import LLM, Completion
     from ziphius.errors import ZiphiusError
     from ziphius.ipc.messages import SamplingParams
-    from ziphius.llm import LLM, Completion
 
 __all__ = ["LLM", "Completion", "SamplingParams", "ZiphiusError"]
 
 _MODULES = {
-    "LLM": "ziphius.llm",
-    "Completion": "ziphius.llm",
+    "LLM": "ziphius.engine.llm",
+    "Completion": "ziphius.engine.llm",
     "SamplingParams": "ziphius.ipc.messages",
     "ZiphiusError": "ziphius.errors",
 }
