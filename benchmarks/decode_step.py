@@ -27,26 +27,24 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from ziphius.attention.select import make_backend
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
 from ziphius.distributed import SINGLE
 from ziphius.engine.channel import MemoryChannel
 from ziphius.engine.cuda_graph import DecodeGraphs, DecodeOutput, graph_sizes
 from ziphius.engine.engine import Engine
-from ziphius.engine.loading import free_memory, plan_pool
+from ziphius.engine.loading import free_memory
 from ziphius.engine.model_runner import ModelRunner
 from ziphius.engine.precision import resolve_precision
-from ziphius.engine.row_table import DecodePlan, RowTable
-from ziphius.engine.sampler import Sampler
+from ziphius.engine.rank_builder import RankBuilder, RankSizes
+from ziphius.engine.row_table import DecodePlan
 from ziphius.ipc.messages import AbortRequest, AddRequest, RequestOutput, SamplingParams, StepOutput
 from ziphius.kernels.gpu.routing import Routes
-from ziphius.kv_cache.kv_pool import KVPool
-from ziphius.layers.cuda_dense import DenseExpertKernels
-from ziphius.layers.layer import Layer
-from ziphius.layers.select import make_linear_format
-from ziphius.models.causal_lm import CausalLM, make_model
-from ziphius.models.dummy import fill_dummy
+from ziphius.layers.cuda_mixture import CudaMixture
+from ziphius.layers.moe import MixtureOfExperts
+from ziphius.models.decoder import Decoder
+from ziphius.models.loader import make_dummy
+from ziphius.planner.admission import RankMemory, admit_pool
 from ziphius.planner.memory import GIB, weight_bytes
 from ziphius.planner.roofline import decode_bytes
 from ziphius.scheduler.scheduler import Scheduler
@@ -120,27 +118,22 @@ class TimedGraphs(DecodeGraphs):
 
 @dataclass
 class Bench:
-    """A loaded rank without a checkpoint."""
+    """A rank with random weights, and what is measured with it."""
 
     args: argparse.Namespace
     config: ModelConfig
     report: Report
-    runner: ModelRunner
-    graphs: TimedGraphs | None
+    builder: RankBuilder
     num_pages: int
     context: int
+    graphs: TimedGraphs | None = None
+    """Of the measured steps; None: they run without graphs."""
 
     def capture(self, sizes: Sequence[int]) -> None:
         """Graphs of these sizes in place of those that are there."""
-        runner = self.runner
-        max_pages = -(-self.context // self.args.page_size) + 1
-        self.graphs = TimedGraphs(
-            runner._model, runner._pool, runner._attention, runner._rows.last_token, max_pages, max(sizes)
-        )
-        self.graphs.capture(sizes)
-        runner._graphs = self.graphs
+        self.graphs = self.builder.capture(TimedGraphs, sizes)
 
-    def engine(self) -> tuple[Engine, MemoryChannel]:
+    def engine(self, runner: ModelRunner) -> tuple[Engine, MemoryChannel]:
         channel = MemoryChannel()
         scheduler = Scheduler(
             num_pages=self.num_pages,
@@ -151,11 +144,11 @@ class Bench:
             eos_token_ids=(),
             prefix_cache=False,
         )
-        return Engine(scheduler, self.runner, channel, overlap=True), channel
+        return Engine(scheduler, runner, channel, overlap=True), channel
 
     def measure(self, load: Load, prefilling: Window | None = None, decoding: Window | None = None) -> Point:
         """The windows are open while prompts are computed and while steps are measured."""
-        engine, channel = self.engine()
+        engine, channel = self.engine(self.builder.runner(self.graphs))
         args = self.args
         self._add(channel, load)
         torch.cuda.synchronize()
@@ -185,17 +178,16 @@ class Bench:
     def experts_hit(self, load: Load) -> float:
         """Different experts that a layer's decode step really wakes, on average: a few steps without graphs."""
         seen: list[Tensor] = []
-        compute = DenseExpertKernels.__call__
 
-        def watch(kernels: DenseExpertKernels, x: Tensor, routes: Routes, *rest: object) -> Tensor:
-            if x.shape[0] == load.batch:
+        def watch(routes: Routes) -> None:
+            if routes.ids.shape[0] == load.batch:
                 seen.append(routes.ids.clone())
-            return compute(kernels, x, routes, *rest)  # type: ignore[arg-type]
 
-        engine, channel = self.engine()
+        engine, channel = self.engine(self.builder.runner())
         self._add(channel, load)
-        graphs, self.runner._graphs = self.runner._graphs, None
-        DenseExpertKernels.__call__ = watch  # type: ignore[method-assign, assignment]
+        mixtures = self._mixtures()
+        for mixture in mixtures:
+            mixture.on_routes = watch
         try:
             told: set[str] = set()
             while len(told) < load.batch:
@@ -205,13 +197,20 @@ class Bench:
             for _ in range(4):
                 engine.turn()
         finally:
-            DenseExpertKernels.__call__ = compute  # type: ignore[method-assign]
-            self.runner._graphs = graphs
+            for mixture in mixtures:
+                mixture.on_routes = None
         channel.to_engine.extend(AbortRequest(rid=str(i)) for i in range(load.batch))
         while not engine.idle:
             engine.turn()
         routed = self.config.moe.n_routed_experts if self.config.moe is not None else 0
         return statistics.mean(int((ids.unique() < routed).sum()) for ids in seen) if seen else 0.0
+
+    def _mixtures(self) -> list[CudaMixture]:
+        model = self.builder.model
+        assert isinstance(model, Decoder)
+        mlps = [layer.mlp for layer in model.layers]
+        fused = [mlp.fused for mlp in mlps if isinstance(mlp, MixtureOfExperts)]
+        return [mixture for mixture in fused if isinstance(mixture, CudaMixture)]
 
     def _add(self, channel: MemoryChannel, load: Load) -> None:
         args = self.args
@@ -252,40 +251,36 @@ def build(args: argparse.Namespace) -> Bench:
     report = Report(str(args.config), torch.cuda.get_device_name(device), torch.__version__)
     free_before = free_memory(device)
     started = time.perf_counter()
-    linear_format = make_linear_format(precision.weights_format, precision.dtype, device, args.deterministic)
-    model = make_model(config, SINGLE, linear_format, precision.dtype, device)
-    assert isinstance(model, Layer)
-    fill_dummy(model)
+    model = make_dummy(
+        config, SINGLE, precision.weights_format, precision.dtype, device, batch_invariant=args.deterministic
+    )
     torch.cuda.synchronize()
     report.fill_s = round(time.perf_counter() - started, 2)
     report.weights_gib = round(model.nbytes / GIB, 3)
     report.predicted_weights_gib = round(weight_bytes(config, 1, precision.weights_format).total / GIB, 3)
-    context, size = plan_pool(serve, config, precision, free_memory(device), free_before)
+    memory = RankMemory(
+        device="cuda", dtype=precision.dtype_name, free_bytes=free_memory(device), free_before_bytes=free_before
+    )
+    fitted = admit_pool(serve, config, memory)
+    context, size = fitted.context_length, fitted.size
     report.kv_tokens = size.tokens
     num_pages = size.pages(args.page_size)
-    rows = largest(args) + 1
-    pool = KVPool(config, num_pages, args.page_size, precision.dtype, device, SINGLE)
-    max_pages = -(-context // args.page_size) + 1
-    table = RowTable(rows, max_pages, args.page_size, device)
-    backend = make_backend(device, args.deterministic)
-    graphs = _capture(args, report, model, pool, backend, table, max_pages)
-    runner = ModelRunner(model, pool, backend, table, Sampler(rows, config.vocab_size, (), device), SINGLE, graphs)
-    return Bench(args, config, report, runner, graphs, num_pages, context)
+    sizes = RankSizes(num_pages, args.page_size, context, largest(args))
+    builder = RankBuilder(model, sizes, precision.dtype, device, batch_invariant=args.deterministic)
+    bench = Bench(args, config, report, builder, num_pages, context)
+    if not args.no_graphs:
+        _capture(bench, device)
+    return bench
 
 
-def _capture(
-    args: argparse.Namespace, report: Report, model: CausalLM, pool: KVPool, backend: object, table: RowTable,
-    max_pages: int,
-) -> TimedGraphs | None:  # fmt: skip
-    if args.no_graphs:
-        return None
-    before, started = free_memory(table.last_token.device), time.perf_counter()
-    graphs = TimedGraphs(model, pool, backend, table.last_token, max_pages, largest(args))
-    graphs.capture(graph_sizes(largest(args)) if args.all_sizes else sorted({load.batch for load in args.batches}))
+def _capture(bench: Bench, device: torch.device) -> None:
+    """The graphs of all measurements; the report tells what they take."""
+    args, report = bench.args, bench.report
+    before, started = free_memory(device), time.perf_counter()
+    bench.capture(graph_sizes(largest(args)) if args.all_sizes else sorted({load.batch for load in args.batches}))
     torch.cuda.synchronize()
     report.capture_s = round(time.perf_counter() - started, 2)
-    report.graphs_gib = round((before - free_memory(table.last_token.device)) / GIB, 3)
-    return graphs
+    report.graphs_gib = round((before - free_memory(device)) / GIB, 3)
 
 
 def profile(bench: Bench, load: Load, rows: int = 22) -> str:

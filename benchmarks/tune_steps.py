@@ -111,8 +111,7 @@ def _expert_plans(batch: int) -> Iterator[ExpertsPlan]:
 def gemv_variants(bench: Bench, batch: int) -> Iterator[Variant]:
     if batch > 1:
         return
-    file = bench.runner._attention._tuned.measured.get("gemv", {})  # type: ignore[attr-defined]
-    for shape in file:
+    for shape in known(GpuDevice.of(torch.device("cuda"))).get("gemv", {}):
         rows, columns = map(int, shape.split("x"))
         for cut in ((1, 4), (2, 4), (4, 4), (8, 4), (4, 8), (8, 8)):
             yield Variant(

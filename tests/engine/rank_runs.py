@@ -64,7 +64,7 @@ def answers(loaded: LoadedRank, requests: list[dict[str, Any]]) -> dict[str, dic
 
 
 def record_logits(loaded: LoadedRank) -> list[torch.Tensor]:
-    model, seen = loaded.runner._model, []
+    model, seen = loaded.runner.model, []
     whole = model.logits
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:

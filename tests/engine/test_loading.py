@@ -15,7 +15,7 @@ import torch
 from ziphius.checkpoint.checkpoint import open_checkpoint
 from ziphius.checkpoint.config import ModelConfig
 from ziphius.config import ServeConfig
-from ziphius.engine import loading
+from ziphius.engine import loading, rank_builder
 from ziphius.engine.loading import LoadedRank, load_rank
 from ziphius.engine.precision import resolve_precision
 from ziphius.errors import CheckpointError, ConfigError, DoesNotFit
@@ -166,6 +166,6 @@ def test_running_out_of_memory_says_what_to_do(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(loading, "KVPool", fail)
+    monkeypatch.setattr(rank_builder, "KVPool", fail)
     with pytest.raises(DoesNotFit, match=r"while the KV cache was made.*--max-total-tokens"):
         load(llama.folder)

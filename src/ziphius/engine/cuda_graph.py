@@ -54,7 +54,10 @@ def graph_sizes(largest: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """Graphs of one model and pool on one device. `last_token` is the row table's; its last row is for padding."""
+    """Graphs of one model and pool on one device. `last_token` is the row table's; its last row is for padding.
+
+    A subclass may override `capture` (which must set `sizes`), `launch` and `replay`.
+    """
 
     def __init__(
         self,
@@ -71,9 +74,9 @@ class DecodeGraphs:
         self._attention = attention
         self._last_token = last_token
         self._gpu = GpuDevice.of(device)
-        self._largest = largest
         self._graphs: dict[int, _Graph] = {}
-        self._sizes: list[int] = []
+        self.sizes: list[int] = []
+        """The batch sizes that have a graph, ascending."""
         length = HEADER + largest * (3 + max_pages)
         self._packed = torch.zeros(length, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
@@ -107,11 +110,7 @@ class DecodeGraphs:
             self._graphs[size] = _Graph(graph, logits, tokens)
             if on_progress is not None:
                 on_progress(done + 1, len(sizes))
-        self._sizes = sorted(self._graphs)
-
-    def capture_all(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """`capture` for every batch up to the largest."""
-        self.capture(graph_sizes(self._largest), on_progress)
+        self.sizes = sorted(self._graphs)
 
     def release(self) -> None:
         """Destroy the graphs after the last replay has ended. No graph is used any more.
@@ -124,11 +123,11 @@ class DecodeGraphs:
         for each in self._graphs.values():
             each.graph.reset()
         self._graphs.clear()
-        self._sizes = []
+        self.sizes = []
 
     def takes(self, count: int) -> bool:
         """Whether there is a graph for `count` rows."""
-        return bool(self._sizes) and count <= self._sizes[-1]
+        return bool(self.sizes) and count <= self.sizes[-1]
 
     @torch.inference_mode()
     def replay(self, plan: DecodePlan) -> DecodeOutput:
@@ -139,13 +138,20 @@ class DecodeGraphs:
         self._turn = (self._turn + 1) % _STAGES
         staging.numpy()[: len(packed)] = packed
         self._packed[: len(packed)].copy_(staging[: len(packed)], non_blocking=True)
-        logits, tokens = self._launch(next(size for size in self._sizes if size >= count))
-        return DecodeOutput(logits[:count], tokens[:count])
+        output = self.launch(next(size for size in self.sizes if size >= count))
+        return DecodeOutput(output.logits[:count], output.tokens[:count])
 
-    def _launch(self, size: int) -> tuple[Tensor, Tensor]:
+    def launch(self, size: int) -> DecodeOutput:
+        """Replay the graph of `size` rows for the step whose integers `replay` has put on the device."""
         graph = self._graphs[size]
         graph.graph.replay()
-        return graph.logits, graph.tokens
+        return DecodeOutput(graph.logits, graph.tokens)
+
+    def compute(self, size: int) -> DecodeOutput:
+        """What `launch` does, operation by operation and without a graph: for subclasses where nothing is captured."""
+        batch = self._batch(size)
+        self._attention.prepare(batch)
+        return DecodeOutput(*self._step(batch))
 
     def _step(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         tensors = self._tensors.first(batch.num_decodes)

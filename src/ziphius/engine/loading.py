@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from ziphius.attention.select import make_backend
 from ziphius.checkpoint.checkpoint import Checkpoint
 from ziphius.checkpoint.gguf import GGUFSource
 from ziphius.checkpoint.safetensors_source import SafetensorsSource
@@ -24,14 +21,13 @@ from ziphius.engine.deferred import DeferredRunner
 from ziphius.engine.engine import Engine, Runner
 from ziphius.engine.follower import Follower
 from ziphius.engine.model_runner import ModelRunner
+from ziphius.engine.out_of_memory import out_of_memory_explained
 from ziphius.engine.precision import Precision, resolve_precision
-from ziphius.engine.row_table import RowTable
-from ziphius.engine.sampler import Sampler
+from ziphius.engine.rank_builder import RankBuilder, RankSizes
 from ziphius.engine.team import Team
 from ziphius.errors import ConfigError, DoesNotFit, EngineFailed
 from ziphius.formats import Device
 from ziphius.ipc.messages import AddRequest, LoadProgress, Ready, SamplingParams, StepOutput
-from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.layers.select import has_gpu_kernels
 from ziphius.models.causal_lm import CausalLM
 from ziphius.models.loader import load_model, make_dummy
@@ -41,9 +37,6 @@ from ziphius.planner.memory import BatchLimits, gib, weight_bytes
 from ziphius.planner.pool import FittedPool, PoolSize
 from ziphius.planner.probe import available_memory
 from ziphius.scheduler.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from ziphius.engine.cuda_graph import DecodeGraphs
 
 _log = logging.getLogger(__name__)
 
@@ -245,7 +238,7 @@ def _load_weights(
     config: ServeConfig, checkpoint: Checkpoint, precision: Precision, report: Report, parallel: ParallelState
 ) -> CausalLM:
     how = (parallel, precision.weights_format, precision.dtype, precision.device)
-    with _out_of_memory_explained(f"the weights of {checkpoint.name} were loaded"):
+    with out_of_memory_explained(f"the weights of {checkpoint.name} were loaded"):
         if config.load_format == "dummy":
             return make_dummy(checkpoint.config, *how, batch_invariant=precision.batch_invariant)
         source: WeightSource
@@ -254,22 +247,6 @@ def _load_weights(
         else:
             source = SafetensorsSource(checkpoint.path, config.load_threads)
         return load_model(checkpoint.config, source, *how, report=report, batch_invariant=precision.batch_invariant)
-
-
-@contextmanager
-def _out_of_memory_explained(when: str) -> Iterator[None]:
-    """DoesNotFit in place of each error that a failed allocation can raise."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-        system = isinstance(error, OSError) and error.errno == errno.ENOMEM
-        if not (cpu or system or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
-            raise
-        raise DoesNotFit(
-            f"memory ran out while {when}: free memory, or lower --max-total-tokens, --context-length or "
-            f"--max-running-requests ({error})"
-        ) from error
 
 
 def _make_runner(
@@ -281,33 +258,18 @@ def _make_runner(
     parallel: ParallelState,
     report: Report,
 ) -> ModelRunner:
-    device, page_size = precision.device, config.page_size
-    rows = batch_limits(config, precision.device).requests + 1  # One more, for padding.
-    with _out_of_memory_explained("the KV cache was made"):
-        pool = KVPool(model.config, num_pages, page_size, precision.dtype, device, parallel)
-    max_pages = -(-context_length // page_size) + 1
-    table = RowTable(rows, max_pages, page_size, device)
-    sampler = Sampler(rows, model.config.vocab_size, model.config.eos_token_ids, device)
-    attention = make_backend(device, precision.batch_invariant)
-    graphs = None
-    if config.cuda_graphs and device.type == "cuda" and has_gpu_kernels() and parallel.capturable:
-        from ziphius.engine.cuda_graph import DecodeGraphs  # needs Triton
+    device, requests = precision.device, batch_limits(config, precision.device).requests
+    sizes = RankSizes(num_pages, config.page_size, context_length, requests)
+    builder = RankBuilder(model, sizes, precision.dtype, device, parallel, batch_invariant=precision.batch_invariant)
+    if not (config.cuda_graphs and device.type == "cuda" and has_gpu_kernels() and parallel.capturable):
+        return builder.runner()
+    from ziphius.engine.cuda_graph import DecodeGraphs, graph_sizes  # needs Triton
 
-        graphs = DecodeGraphs(model, pool, attention, table.last_token, max_pages, _largest_graph(config, rows - 1))
-        with _out_of_memory_explained("CUDA graphs were captured"):
-            _capture(graphs, report)
-    return ModelRunner(model, pool, attention, table, sampler, parallel, graphs)
-
-
-def _largest_graph(config: ServeConfig, rows: int) -> int:
-    return min(config.cuda_graph_max_bs or rows, rows)
-
-
-def _capture(graphs: DecodeGraphs, report: Report) -> None:
     def on_progress(done: int, total: int) -> None:
         report(LoadProgress(phase="capturing", done=done, total=total, unit="graphs"))
 
-    graphs.capture_all(on_progress)
+    largest = min(config.cuda_graph_max_bs or requests, requests)
+    return builder.runner(builder.capture(DecodeGraphs, graph_sizes(largest), on_progress))
 
 
 def _with_seconds(ready: Ready, seconds: float) -> Ready:

@@ -96,7 +96,7 @@ class ModelRunner:
         graphs: DecodeGraphs | None = None,
     ) -> None:
         """`graphs` run the decode steps that they take; every other step is run operation by operation."""
-        self._model = model
+        self.model = model
         self._pool = pool
         self._attention = attention
         self._rows = rows
@@ -117,7 +117,7 @@ class ModelRunner:
         plan = self._rows.plan(batch.work)
         forward = plan.forward
         self._attention.prepare(forward)
-        hidden = self._model.forward(forward, self._pool, self._attention)
+        hidden = self.model.forward(forward, self._pool, self._attention)
         count = len(plan.sample_rows)
         sampled = self._sample(hidden, forward.sample_indices[:count], plan.sample_rows) if count else None
         scored = []
@@ -144,7 +144,7 @@ class ModelRunner:
         return StepHandle(plan.rows, sampled, [], on_cuda=output.logits.is_cuda)
 
     def _sample(self, hidden: Tensor, at: Tensor, rows: np.ndarray) -> SampledTokens:
-        return self._choose(self._model.logits(hidden[at]), rows)
+        return self._choose(self.model.logits(hidden[at]), rows)
 
     def _choose(self, logits: Tensor, rows: np.ndarray) -> SampledTokens:
         if self._parallel.rank == 0:
@@ -159,7 +159,7 @@ class ModelRunner:
         targets = upload(work.targets, hidden.device, np.int64)
         for start in range(0, len(work.targets), _LOGIT_ROWS):
             part = slice(start, start + _LOGIT_ROWS)
-            parts.append(compute_logprobs(self._model.logits(hidden[at[part]]), targets[part], work.num_top))
+            parts.append(compute_logprobs(self.model.logits(hidden[at[part]]), targets[part], work.num_top))
         return _ScoredChunk(work, parts)
 
 

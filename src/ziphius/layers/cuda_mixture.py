@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -48,6 +49,8 @@ class CudaMixture:
         self._moe = moe
         self._routed = routed
         self._together = together
+        self.on_routes: Callable[[Routes], None] | None = None
+        """A measurement may set it: it is called with the routes of each step. A replayed graph does not call it."""
 
     def __call__(self, x: Tensor, norm: Norm, residual: Tensor | None) -> Tensor:
         """See FusedMixture."""
@@ -59,6 +62,8 @@ class CudaMixture:
         prompt = isinstance(plan, GroupedPlan) and plan.prompt
         experts = self._routed if self._together is None or prompt else self._together
         normed, routes = self._route(x, norm, experts.shared)
+        if self.on_routes is not None:
+            self.on_routes(routes)
         if not experts.shared and weights.shared_gate_up is not None and weights.shared_down is not None:
             act = activation.silu_and_mul(self._kernels.gpu, weights.shared_gate_up(normed))
             down = weights.shared_down

@@ -79,14 +79,15 @@ class MixtureOfExperts(Layer):
         self.experts = RoutedExperts(hidden_size, moe, context)
         width = moe.shared_intermediate_size
         self.shared_experts = GatedMLP(hidden_size, width, context, reduce=False) if width else None
-        self._fused = context.linear_format.mixture(self._weights(), moe)
+        self.fused = context.linear_format.mixture(self._weights(), moe)
+        """The format's own kernels for the whole mixture; None where it is computed layer by layer."""
 
     def onto(self, x: Tensor, norm: Norm) -> Tensor:
         """x [T, hidden] -> x + the mixture for norm(x), [T, hidden]; x may be overwritten."""
-        if self._fused is None:
+        if self.fused is None:
             return x + self(norm(x))
         # One of the ranks brings the residual into the sum over ranks, which comes after.
-        return self._parallel.all_reduce(self._fused(x, norm, x if self._parallel.rank == 0 else None))
+        return self._parallel.all_reduce(self.fused(x, norm, x if self._parallel.rank == 0 else None))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""

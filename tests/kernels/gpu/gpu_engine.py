@@ -6,18 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from ziphius.attention.cuda import CudaBackend
-from ziphius.distributed import SINGLE
 from ziphius.engine.channel import MemoryChannel
-from ziphius.engine.cuda_graph import DecodeGraphs
+from ziphius.engine.cuda_graph import DecodeGraphs, DecodeOutput
 from ziphius.engine.engine import Engine
-from ziphius.engine.model_runner import ModelRunner
-from ziphius.engine.row_table import RowTable
-from ziphius.engine.sampler import Sampler
+from ziphius.engine.rank_builder import RankBuilder, RankSizes
 from ziphius.ipc.messages import AddRequest, StepOutput
-from ziphius.kv_cache.kv_pool import KVPool
 from ziphius.models.causal_lm import CausalLM
 from ziphius.scheduler.scheduler import Scheduler
 
@@ -28,12 +23,10 @@ class UncapturedGraphs(DecodeGraphs):
     """What a graph would replay, done anew each time."""
 
     def capture(self, sizes: Sequence[int], on_progress: object = None) -> None:
-        self._sizes = sorted(sizes)
+        self.sizes = sorted(sizes)
 
-    def _launch(self, size: int) -> tuple[Tensor, Tensor]:
-        batch = self._batch(size)
-        self._attention.prepare(batch)
-        return self._step(batch)
+    def launch(self, size: int) -> DecodeOutput:
+        return self.compute(size)
 
 
 @dataclass(frozen=True)
@@ -66,17 +59,14 @@ def answers(
     *waves: Iterable[AddRequest],
 ) -> dict[str, Answer]:
     """Each wave of requests comes when the one before has been answered."""
-    pool = KVPool(model.config, settings.pages, PAGE, dtype, device, SINGLE)
-    table = RowTable(settings.rows + 1, CONTEXT // PAGE + 1, PAGE, device)
-    attention = CudaBackend(device, batch_invariant)
+    sizes = RankSizes(settings.pages, PAGE, CONTEXT, settings.rows)
+    attention = CudaBackend(device, batch_invariant)  # also on a CPU, where the interpreter runs its kernels
+    builder = RankBuilder(model, sizes, dtype, device, attention=attention)
     graphs = None
     if settings.graph_sizes:
         make = DecodeGraphs if device.type == "cuda" else UncapturedGraphs
-        largest = max(settings.graph_sizes)
-        graphs = make(model, pool, attention, table.last_token, CONTEXT // PAGE + 1, largest)
-        graphs.capture(settings.graph_sizes)
-    sampler = Sampler(settings.rows + 1, model.config.vocab_size, (), device)
-    runner = ModelRunner(model, pool, attention, table, sampler, SINGLE, graphs)
+        graphs = builder.capture(make, settings.graph_sizes)
+    runner = builder.runner(graphs)
     scheduler = Scheduler(
         num_pages=settings.pages, page_size=PAGE, max_running_requests=settings.rows,
         chunked_prefill_size=settings.chunk, context_length=CONTEXT, eos_token_ids=(),

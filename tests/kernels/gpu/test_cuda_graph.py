@@ -14,7 +14,9 @@ from ziphius.distributed import SINGLE
 from ziphius.engine.cuda_graph import graph_sizes
 from ziphius.ipc.messages import AddRequest, SamplingParams
 from ziphius.layers.cuda_dense import CudaDenseFormat
+from ziphius.layers.cuda_mixture import CudaMixture
 from ziphius.layers.cuda_ops import CudaOps
+from ziphius.layers.moe import MixtureOfExperts
 from ziphius.models import deepseek_v2
 from ziphius.models.dummy import fill_dummy
 
@@ -66,3 +68,20 @@ def test_released_graphs_take_no_step(device: torch.device) -> None:
     assert graphs.takes(3)
     graphs.release()
     assert not graphs.takes(1)
+
+
+def test_an_observer_gets_the_routes_of_each_step(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepseek_v2, "make_ops", CudaOps)
+    model = deepseek_v2.DeepseekV2ForCausalLM(V2, SINGLE, CudaDenseFormat(torch.float32, device), torch.float32, device)
+    fill_dummy(model)
+    mixtures = [layer.mlp.fused for layer in model.layers if isinstance(layer.mlp, MixtureOfExperts)]
+    seen: list[torch.Tensor] = []
+    for mixture in mixtures:
+        assert isinstance(mixture, CudaMixture)
+        mixture.on_routes = lambda routes: seen.append(routes.ids.cpu())
+    answers(model, torch.float32, device, False, Settings(), requests(V2.vocab_size)[:1])
+    assert [len(ids) for ids in seen] == [5] + [1] * (TOKENS - 1)
+    top_k, experts = V2.moe.num_experts_per_tok, V2.moe.n_routed_experts
+    for ids in seen:
+        assert int(ids[:, :top_k].max()) < experts
+        assert all(len(set(row)) == top_k for row in ids[:, :top_k].tolist())
