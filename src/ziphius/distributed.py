@@ -210,7 +210,10 @@ def join(
 
 
 def peer_sums(device: torch.device, any_size: bool) -> PeerSums | None:
-    """None on every rank if on any: ranks that add in different ways would wait for each other for ever."""
+    """Sums through shared memory; None on all ranks when one of them cannot reach it.
+
+    Ranks that add in different ways would wait for each other for ever.
+    """
     peers, reason = None, "another rank's cannot be reached"
     try:
         peers = PeerSums(device, any_size)

@@ -260,6 +260,7 @@ def _still_running(process: subprocess.Popen[bytes]) -> bool:
 
 
 def largest_wheel(scratch: Path) -> int:
+    """Bytes of the largest wheel in `scratch` and below; 0 where there is none."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):  # which passes over folders that pip removes meanwhile
         for wheel in fnmatch.filter(names, "*.whl"):

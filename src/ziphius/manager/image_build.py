@@ -167,6 +167,7 @@ def _output(command: tuple[str, ...], env: Mapping[str, str]) -> str:
 
 
 def put_image(partial: Path, target: Path, record: ImageRecord) -> None:
+    """Move the image `partial` to `target`, with `record` beside it."""
     beside = image.record_path(target)
     temporary = beside.with_name(f".{beside.name}.{os.getpid()}")
     temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
