@@ -1,6 +1,6 @@
 """Decode steps and prefill of any config with random weights, through the real scheduler and runner; no HTTP, no files.
 
-    python benchmarks/decode_step.py CONFIG_FOLDER --batches 1 8 32 --input 1024 --json result.json
+    python benchmarks/decode_step.py CONFIG_FOLDER --batches 1 8 32:2048 --json result.json
 
 For each batch, requests with random prompts are prefilled and then decoded together. `step ms` is the wall time between
 results of consecutive steps, scheduling included. `GB` is what a step must read: the cache, and each weight once, but
