@@ -1,8 +1,9 @@
-"""How long a decode step's sums over ranks take: NCCL against memory that the GPUs share, inside a CUDA graph.
+"""Measures the sums over ranks of a decode step: NCCL against memory that the GPUs share, inside a CUDA graph.
 
     python benchmarks/all_reduce.py --tp 4 --hidden 5120 --rows 1 8 32 128 --json result.json
 
-One process a GPU. A layer of DeepSeek-V2 adds up twice, so a step of 60 layers takes 120 times what is told.
+There is one process for each GPU. Each layer of DeepSeek-V2 needs two sums, so a step of 60 layers takes 120 times the
+time that is printed.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class Row:
     rows: int
     nccl_us: float
     peers_us: float | None
-    """None: more than goes through shared memory, or there is none."""
+    """None where the GPUs share no memory, or the rows do not fit into it."""
 
 
 def time_in_graph(reduce: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Microseconds of one, the median of replays."""
+    """Microseconds of one sum, the median over replays of a graph of many."""
     reduce(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    os.environ.update(rank_environment(ServeConfig(tp=args.tp), os.environ))  # as ranks of a server have it
+    os.environ.update(rank_environment(ServeConfig(tp=args.tp), os.environ))  # the same as for the ranks of a server
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         ranks = [
@@ -99,7 +100,7 @@ def main() -> None:
             wait([rank.sentinel for rank in alive])
         if any(rank.exitcode for rank in ranks):
             for rank in ranks:
-                rank.kill()  # one that is left would wait for the others for ever
+                rank.kill()  # a rank that is left would wait for the others for ever
             raise SystemExit("a rank failed")
         found = json.loads(out.read_text(encoding="utf-8"))
     print(f"{torch.cuda.get_device_name()} x {args.tp}, rows of {args.hidden} in bfloat16")

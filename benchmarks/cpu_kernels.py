@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_kernels.py --threads 2 --json out.json
 
-For each case the fastest and the median of --seconds of repetitions, in milliseconds: other programs on the machine
-raise the median first. GB/s is the weights and the cache that a step reads over its fastest time, to be held against
-what the memory gives; GMAC/s is its int8 multiplications over that time.
+Each case is repeated for --seconds; its fastest and its median time are printed in milliseconds. Other programs on the
+machine raise the median first. GB/s is what a step reads (weights and cache) divided by its fastest time; compare it
+with the speed of the memory. GMAC/s is the number of int8 multiplications of a step divided by the same time.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions of each case")
     parser.add_argument("--json", help="write the results here")
     arguments = parser.parse_args()
-    # Torch's threads spin a while after each parallel operation; the server keeps them out as well.
+    # Torch's threads spin a while after each parallel operation; the server avoids them in the same way.
     torch.set_num_threads(1)
     bench = Bench(arguments.threads, arguments.seconds)
     start = time.perf_counter()

@@ -1,11 +1,12 @@
 """Decode steps and prefill of any config with random weights, through the real scheduler and runner; no HTTP, no files.
 
-    python benchmarks/decode_step.py CONFIG_FOLDER --batches 1 8 32 --input 1024 --json result.json
+    python benchmarks/decode_step.py CONFIG_FOLDER --batches 1 8 32:2048 --json result.json
 
-For each batch: requests with random prompts are prefilled, then decoded together; `step ms` is the wall time between
-results of consecutive steps, scheduling included. `GB` is what a step must read (each weight once, of the experts
-those that uniform routing would hit, and the cache), `% floor` its share of the time at --bandwidth (GB/s, measured
-reading on the device). `idle %` is the share of a step in which the GPU waits for the next one.
+For each batch, requests with random prompts are prefilled and then decoded together. `step ms` is the wall time between
+results of consecutive steps, scheduling included. `GB` is what a step must read: the cache, and each weight once, but
+of the experts only as many as uniform routing would choose. `% floor` is the time that this reading takes at
+--bandwidth (GB/s, as measured on the device) as a share of the step's time. `idle %` is the share of a step in which
+the GPU waits for the next one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ Window = AbstractContextManager[object]
 
 @dataclass(frozen=True)
 class Load:
-    """So many requests with prompts of so many tokens."""
+    """How many requests run together, and how many tokens the prompt of each has."""
 
     batch: int
     input: int = 1024
@@ -107,7 +108,7 @@ class TimedGraphs(DecodeGraphs):
         return output
 
     def idle_share(self) -> float:
-        """Time between steps over all time, from the first step's begin to the last one's begin."""
+        """The time between steps as a share of all time, from the start of the first step to the start of the last."""
         if len(self.events) < 2:
             return 0.0
         torch.cuda.synchronize()
@@ -176,7 +177,7 @@ class Bench:
         return self._point(load, marks, prefilled, idle)
 
     def experts_hit(self, load: Load) -> float:
-        """Different experts that a layer's decode step really wakes, on average: a few steps without graphs."""
+        """How many different experts a layer computes in a decode step: the mean over a few steps without graphs."""
         seen: list[Tensor] = []
 
         def watch(routes: Routes) -> None:
@@ -286,8 +287,9 @@ def _capture(bench: Bench, device: torch.device) -> None:
 def profile(bench: Bench, load: Load, rows: int = 22) -> str:
     """Where the GPU's time goes in prefill and in decode steps, kernel by kernel.
 
-    Kernels overlap (one waits for the other with its weights already loaded): `own` is the time from the end of the
-    kernel that ended before it, or its start, to its end, and sums up to the time the GPU was busy.
+    Kernels overlap: one may load its weights while it waits for the one before. So `own` counts from the later of two
+    moments, the kernel's start and the end of the kernel that ended before it, to the kernel's end. All `own` together
+    are the time that the GPU was busy.
     """
     windows = [torch_profile(activities=[ProfilerActivity.CUDA]) for _ in range(2)]
     bench.measure(load, *windows)

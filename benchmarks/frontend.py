@@ -1,4 +1,4 @@
-"""CPU time that the frontend takes for a short request, without a model, and what a description of its body costs.
+"""Measures the frontend's CPU time for a short request, without a model, and the cost of checking its body.
 
     pip install -e '.[test]' fastapi pydantic    # the last two only for the lines that compare with them
     python benchmarks/frontend.py --json report.json

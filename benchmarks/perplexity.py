@@ -1,11 +1,11 @@
-"""Perplexity of a model in several weight formats on a fixed text: what rounding the weights costs; it tunes nothing.
+"""Perplexity of a model in several weight formats on a fixed text: what rounding the weights costs.
 
     python benchmarks/perplexity.py --formats fp32 int8
 
 The text (data/alice.txt) is chapters I and II of Lewis Carroll's "Alice's Adventures in Wonderland", 1865, which is in
-the public domain. It is cut into windows of --window tokens that know nothing of each other; in each, every token but
+the public domain. It is cut into windows of --window tokens, and each window is computed alone; every token of it but
 the first is predicted. Perplexity is exp(-mean log-probability), as the engine itself reports log-probabilities.
-Also prints the greedy answer to one question: a small model is easily hurt.
+The greedy answer to one question is printed too, because rounding can easily spoil the answers of a small model.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/served_model.py CONFIG_FOLDER --tp 4 --levels 1 8 32 128:256 --json result.json
 
-For each level (clients[:prompt tokens]) benchmarks/serving.py streams completions; TPOT is then the decode step with
-HTTP and scheduling included. Told besides: seconds from `start` to ready, cold or warm as Triton's cache is; memory
-predicted and measured, as the server logged it; prompt tokens a second of a burst of prompts. `--layers` cuts the
-model short where the GPUs are too few for all of it.
+For each level (clients[:prompt tokens]) benchmarks/serving.py streams completions; its TPOT is the time of a decode
+step with HTTP and scheduling included. Three more things are printed: the seconds from `start` to ready, which depend
+on whether Triton's cache is filled; the memory that was predicted and measured, as the server logged it; and the prompt
+tokens a second of a burst of prompts. `--layers` keeps only the first layers, for when the GPUs cannot hold the model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Report:
     layers: int
     start_s: float = 0.0
     told: list[str] = field(default_factory=list)
-    """What the server logged of memory and start."""
+    """The lines of the server's log about memory and start."""
     runs: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -56,7 +56,7 @@ def ziphius(env: dict[str, str], *words: str, check: bool = True) -> str:
 
 
 def cut_short(config: Path, layers: int | None, folder: Path) -> tuple[Path, int]:
-    """A folder with the config, with fewer layers where asked for, and how many there are."""
+    """(a folder with the config, its number of layers): a copy with `layers` layers where the model has more."""
     settings = json.loads((config / "config.json").read_text(encoding="utf-8"))
     if layers is None or layers >= settings["num_hidden_layers"]:
         return config, settings["num_hidden_layers"]

@@ -1,13 +1,14 @@
-"""Load generator for any OpenAI-compatible server: measures what a client sees; it starts and tunes nothing.
+"""Load generator for any OpenAI-compatible server: measures what a client sees.
 
     pip install -e '.[bench]'
     python benchmarks/serving.py --url http://127.0.0.1:30000 --concurrency 1 8 16 --prompt-tokens 41
 
-aiohttp because it shares cores with what it measures: httpx in its place took 20% of 16 streams on two cores.
+The client is aiohttp, because it runs on the same cores as the server that it measures: with httpx in its place, 16
+streams on two cores lost 20% of their speed.
 
 Each level of concurrency (or each --rate, in requests a second with Poisson arrivals) is one run of streamed
-requests. Prompts are random words that start differently, so that a prefix cache helps nobody, sized by asking
-the server how many tokens a sample has. Times are seconds on the client's clock:
+requests. Prompts are random words that start differently, so that a prefix cache cannot help. Their length is found by
+asking the server how many tokens a sample has. Times are seconds on the client's clock:
 
 TTFT   first token: from sending the request to the first chunk with text
 TPOT   time per output token after the first: (last - first) / (tokens - 1), of one request

@@ -2,9 +2,9 @@
 
     python benchmarks/tune_kernels.py CONFIG_FOLDER [CONFIG_FOLDER ...] --write
 
-Every candidate is timed in a CUDA graph of launches over several sets of weights (more than the L2 holds), as a step
-runs them; compared with the library where it can do the same. Without --write it only prints. New shapes are added to
-what the device's file has already.
+Every candidate is timed as a step would run it: in a CUDA graph of launches over several sets of weights, more than the
+L2 cache holds. Where the library can compute the same, it is one of the candidates. Without --write the results are
+only printed. New shapes are added to those that the device's file has already.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ziphius.kernels.gpu.tuning import Tuned
 Launch = Callable[[], object]
 TUNED = Path(experts.__file__).parent / "tuned"
 L2_BYTES = 120 << 20
-"""Weights to go round before the first set comes again: twice the L2."""
+"""So many bytes of weights are read before the first set is read again: twice the L2 cache."""
 
 
 MLA_CANDIDATES = [
@@ -44,7 +44,7 @@ MLA_CANDIDATES = [
 
 
 def measure(launches: Sequence[Launch], device: torch.device) -> float:
-    """Microseconds of one launch, from a graph of all of them, replayed."""
+    """Microseconds of one launch, the median over replays of a graph of all of them."""
     for launch in launches[:2]:
         launch()
     torch.cuda.synchronize()
@@ -79,7 +79,7 @@ class Tuner:
             try:
                 launches = [launch_on(i % sets) for i in range(max(sets, 8))]
                 results.append((measure(launches, self.device), config))
-            except Exception as error:  # noqa: BLE001 - too much shared memory, mostly: not a candidate here
+            except Exception as error:  # noqa: BLE001 - mostly it needs too much shared memory, and is no candidate
                 self.log.append(f"{what} {config}: {type(error).__name__}: {str(error)[:80]}")
         results.sort(key=lambda result: result[0])
         told = "; ".join(f"{_short(c)} {us:.1f}" for us, c in results[:4])
@@ -368,7 +368,7 @@ def tune_attention(tuner: Tuner, config: ModelConfig, loads: Sequence[tuple[int,
 
 
 def _split_counts(gpu: GpuDevice, tokens: int, context: int) -> list[int]:
-    """From one program on half of the processors to two on each, as powers of two."""
+    """Powers of two, from one program for two processors to two programs for each processor."""
     around = 1 << max(0, (gpu.processors // tokens).bit_length() - 1)
     return sorted({max(1, min(64, context // 32, around * f // 4)) for f in (1, 2, 4, 8)})
 
@@ -427,7 +427,7 @@ def tune(tuner: Tuner, config: ModelConfig, args: argparse.Namespace) -> None:
 
 
 def known(gpu: GpuDevice) -> dict[str, Any]:
-    """What the engine reads for this device now, be it another's: the device's own file takes its place."""
+    """What the engine reads for this device now. This may be another device's file, until this one has its own."""
     found: dict[str, Any] = json.loads(json.dumps(Tuned.of(gpu).measured))
     return found
 

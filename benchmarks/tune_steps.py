@@ -1,11 +1,11 @@
-"""Chooses cuts of kernels by the time of whole decode steps: what is fastest alone need not be beside its neighbours.
+"""Chooses cuts of kernels by the time of whole decode steps: the fastest kernel alone may not be the fastest in a step.
 
     python benchmarks/tune_steps.py CONFIG_FOLDER --batches 1 8 32 128:256 --write --json result.json
 
-For each batch the step is measured as it is and with one kind of kernel cut in another way at a time; the fastest cut
-of a kind that wins more than --margin is kept while the next kind is tried. --write puts what was kept into the
-device's file (kernels/gpu/tuned), for the batch that it was found at. benchmarks/tune_kernels.py fills that file
-first: it tries far more, each kernel alone.
+For each batch, the step is first measured as it is. Then one kind of kernel after another is cut in other ways; the
+fastest cut of a kind is kept for the kinds that follow if it wins more than --margin. --write puts what was kept into
+the device's file (kernels/gpu/tuned), for the batch that was measured. Run benchmarks/tune_kernels.py first: it fills
+that file, and tries many more cuts, each kernel alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ziphius.kernels.gpu.paged_decode import MLADecodeConfig, SplitPlan
 from ziphius.kernels.gpu.tuning import ExpertsPlan, GroupedPlan, Tuned
 
 _MOST_TOKENS = 256
-"""Larger steps are prompts', and stay as they are."""
+"""Steps of more tokens compute prompts; they stay as they are."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from ziphius.kernels.cpu.cache import kernel_cache_folder
 _KERNELS = kernel_cache_folder(ziphius_home(os.environ))
 if _KERNELS is not None:
     os.environ.setdefault("NUMBA_CACHE_DIR", str(_KERNELS))
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so would be what the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A proxy is for the package index; the tests' own servers are on this machine.
 for _name in ("NO_PROXY", "no_proxy"):

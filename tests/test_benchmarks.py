@@ -1,7 +1,8 @@
-"""The load generator as a process against a server with a stand-in engine: what it sends, counts and writes."""
+"""What the benchmarks reach into; and the load generator as a process against a server with a stand-in engine."""
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-SERVING = Path(__file__).parents[1] / "benchmarks" / "serving.py"
+BENCHMARKS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+SERVING = BENCHMARKS[0].with_name("serving.py")
 sys.path.insert(0, str(Path(__file__).with_name("frontend")))
 
 import server_fakes as fakes  # noqa: E402
@@ -19,6 +21,21 @@ from running_server import MODEL, RunningServer  # noqa: E402
 
 CONTEXT = 4096
 """Beyond the 110 words, a token a letter, with which the size of a word is measured."""
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_a_benchmark_uses_public_names_of_the_engine(path: Path) -> None:
+    """It would go on with an old name after a change, and no test runs it on a GPU."""
+    private, offline = [], []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            if not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                private.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.ImportFrom):
+            private += [f"line {node.lineno}: {name.name}" for name in node.names if name.name.startswith("_")]
+            offline += [node.lineno] if node.module == "ziphius.llm" else []
+    assert private == []
+    assert offline == [], "the offline interface stands above the engine; a benchmark needs the engine alone"
 
 
 @pytest.fixture(scope="module")

@@ -112,5 +112,5 @@ def test_all_ranks_share_memory_or_none(here: bool, there: bool, monkeypatch: py
 
     monkeypatch.setattr(distributed, "PeerSums", make)
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda able, op: able.mul_(int(there)))
-    peers = distributed._peer_sums(torch.device("cpu"), any_size=False)
+    peers = distributed.peer_sums(torch.device("cpu"), any_size=False)
     assert peers is (made if here and there else None)

@@ -199,7 +199,7 @@ def join(
         raise EngineFailed(f"rank {rank} could not join the other {size - 1}: {_first_line(error)}") from error
     one_order = batch_invariant and size > 2  # Two numbers have the same sum in any order.
     # Ranks that meet in a file are on one machine.
-    peers = _peer_sums(device, one_order) if device.type == "cuda" and size > 1 and where.path else None
+    peers = peer_sums(device, one_order) if device.type == "cuda" and size > 1 and where.path else None
     if one_order and peers is None:
         raise ConfigError(
             f"deterministic needs GPUs that share memory for {size} ranks: NCCL's sums depend on the batch",
@@ -209,8 +209,11 @@ def join(
     dist.destroy_process_group()
 
 
-def _peer_sums(device: torch.device, any_size: bool) -> PeerSums | None:
-    """None on every rank if any rank has none: ranks that add in different ways would wait for each other for ever."""
+def peer_sums(device: torch.device, any_size: bool) -> PeerSums | None:
+    """Sums through shared memory; None on all ranks when one of them cannot reach it.
+
+    Ranks that add in different ways would wait for each other for ever.
+    """
     peers, reason = None, "another rank's cannot be reached"
     try:
         peers = PeerSums(device, any_size)

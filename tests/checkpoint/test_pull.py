@@ -241,7 +241,7 @@ def test_folders_that_pip_removes_meanwhile_are_no_error(tmp_path: Path, monkeyp
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", too_late)
-    assert pull._largest_wheel(tmp_path) == 3
+    assert pull.largest_wheel(tmp_path) == 3
     assert not (tmp_path / "pip-unpack").exists()
 
 

@@ -206,6 +206,8 @@ def _a_stopped_rank_ends_it(server: Server) -> None:
 
 def _ended_with(server: Server, client: _LongAnswer, reason: str) -> None:
     assert reason in client.ended()
+    # While it ends it may still answer, and say that it is unhealthy.
+    wait_until(lambda: server.installation.run("status", check=False).returncode != 4, "the server has ended")
     status = server.installation.run("status", check=False)
     assert status.returncode == 1, status.stdout
     assert reason in server.installation.run("logs", "-n", "20").stdout

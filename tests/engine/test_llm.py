@@ -10,6 +10,7 @@ import pytest
 from tests.end_to_end.small_v25 import PUBLISHED, SMALLER
 
 from ziphius import LLM
+from ziphius.engine.engine import Engine
 from ziphius.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelError, ModelNotFound
 from ziphius.ipc.messages import SamplingParams
 
@@ -124,18 +125,20 @@ def test_what_cannot_run_is_refused_before_anything_does(llm: LLM) -> None:
 
 def test_an_interruption_leaves_the_engine_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     turns = iter(range(3))
-    turn = llm._engine.turn
+    turn = Engine.turn
+    engines: set[Engine] = set()
 
-    def interrupted() -> None:
+    def interrupted(engine: Engine) -> None:
+        engines.add(engine)
         if next(turns, None) is None:
             monkeypatch.undo()
             raise KeyboardInterrupt
-        turn()
+        turn(engine)
 
-    monkeypatch.setattr(llm._engine, "turn", interrupted)
+    monkeypatch.setattr(Engine, "turn", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["long", "longer"], greedy(max_new_tokens=100))
-    assert llm._engine.idle
+    assert [engine.idle for engine in engines] == [True]
     assert len(llm.generate(["a whale"], greedy())[0].token_ids) == 8
 
 

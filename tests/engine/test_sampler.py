@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ziphius.engine.penalties import LogitAdjuster
 from ziphius.engine.sampler import SampledTokens, Sampler, uniform
 from ziphius.ipc.messages import SamplingParams, TokenLogprob
 
@@ -76,10 +77,10 @@ def test_penalties_apply_in_their_stated_order_with_bias_last() -> None:
 
 
 def assert_adjusted(logits: Tensor, wanted: Tensor, output_ids: list[int], **options: Any) -> None:
-    sampler = Sampler(2, VOCAB, EOS, CPU)
-    sampler.start_row(1, [1, 2, 3, 3], output_ids, params(**options))
+    adjuster = LogitAdjuster(2, VOCAB, EOS, CPU)
+    adjuster.start_row(1, [1, 2, 3, 3], output_ids, params(**options))
     changed = logits.clone()
-    sampler._adjuster.apply(changed, np.array([1]), np.array([len(output_ids)]))
+    adjuster.apply(changed, np.array([1]), np.array([len(output_ids)]))
     torch.testing.assert_close(changed, wanted)
 
 

@@ -141,15 +141,13 @@ def test_a_follower_whose_step_fails_ends() -> None:
     assert follower.busy
 
 
-def test_the_pool_is_what_every_rank_has_room_for(loaded_llama: LoadedRank, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_is_what_every_rank_has_room_for(
+    llama: object, load: Callable[..., LoadedRank], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other rank has less memory free: all take its size and its context."""
-    from ziphius.engine import loading
-
-    team = Team()
     monkeypatch.setattr(Team, "smallest", lambda self, *values: [min(v, 100) for v in values])
-    size = loading.PoolSize(160, 8, "memory")
-    context, agreed = loading._agreed(team, 128, size)
-    assert (context, agreed.tokens) == (100, 100)
+    loaded = load(llama.folder)  # type: ignore[attr-defined]
+    assert (loaded.ready.context_length, loaded.ready.kv_tokens, loaded.num_pages) == (100, 100, 25)
 
 
 def test_offline_use_is_for_one_rank(llama: object, load: Callable[..., LoadedRank]) -> None:

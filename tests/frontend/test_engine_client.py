@@ -42,7 +42,8 @@ def ignore(message):
 class Bench:
     def __init__(self) -> None:
         self.wire = Wire()
-        self.client = EngineClient(self.wire, CAPACITY, Metrics(), EngineEvents(ignore, ignore, ignore))
+        self.metrics = Metrics()
+        self.client = EngineClient(self.wire, CAPACITY, self.metrics, EngineEvents(ignore, ignore, ignore))
         self.generations = []
         self.finishes = {}
         self.named = 0
@@ -132,7 +133,7 @@ def test_every_request_ends_once(actions):
             if not generation.client_gone:
                 async with asyncio.timeout(1):
                     await generation.news()
-        assert bench.client._metrics.requests == len(bench.finishes)
+        assert bench.metrics.requests == len(bench.finishes)
         assert not bench.client._by_public_rid
 
     run(scenario)

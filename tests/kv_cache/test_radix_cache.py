@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from array import array
 
 import pytest
@@ -141,11 +142,20 @@ def test_clearing_gives_all_pages_back_unless_locked(cache):
 
 
 def test_eviction_entries_do_not_pile_up(cache):
-    for _ in range(1000):
-        _, node = cache.insert(tokens("aabb"), [1, 2])
-        cache.lock(node)
-        cache.unlock(node)
-    assert len(cache._leaves) == 1
+    """An entry takes more than 100 bytes."""
+
+    def use(times):
+        for _ in range(times):
+            _, node = cache.insert(tokens("aabb"), [1, 2])
+            cache.lock(node)
+            cache.unlock(node)
+
+    use(10)
+    tracemalloc.start()
+    use(1000)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 50 * 1000
 
 
 WORDS = st.text(alphabet="ab", min_size=0, max_size=12)

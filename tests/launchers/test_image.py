@@ -186,7 +186,7 @@ class TestRecord:
         )  # fmt: skip
         partial, image = tmp_path / "partial", tmp_path / "x.sif"
         partial.write_text("12345")
-        image_build._put(partial, image, record)
+        image_build.put_image(partial, image, record)
         assert read_record(image) == record
         assert image.read_text() == "12345"
 

@@ -21,8 +21,11 @@ from ziphius.errors import AlreadyRunning, ConfigError, InstanceError, LacksMemo
 from ziphius.ipc.messages import LoadProgress
 from ziphius.launchers.launcher import Launch
 from ziphius.manager import process
+from ziphius.manager.client import ServerAnswer
 from ziphius.manager.instance import Instances, State
 from ziphius.manager.manager import Manager
+from ziphius.manager.status import observe
+from ziphius.manager.watch import NativeWatch
 
 if TYPE_CHECKING:
     from conftest import Bench
@@ -353,6 +356,20 @@ class TestStatus:
         assert bench.manager().status("default").state.exit_code == 4
         bench.manager().stop("default", 0, quiet)
         thread.join()
+
+    def test_a_young_server_that_failed_and_is_about_to_end_is_not_starting(self, bench: Bench, quiet: Quiet) -> None:
+        """Its port is closed already, and its process still there."""
+
+        class Closed(NativeWatch):
+            def ask(self, timeout_s: float) -> ServerAnswer:
+                return ServerAnswer(problem="nothing listens", listening=False)
+
+        bench.manager().start(bench.resolved(), quiet)
+        assert observe(bench.instances, "default", Closed).state is State.STARTING
+        with bench.instances.log_path("default").open("a") as log:
+            log.write("2026-01-01 00:00:00 error   frontend.serve: the engine process 1 was ended by SIGKILL\n")
+        status = observe(bench.instances, "default", Closed)
+        assert (status.state, status.reason) == (State.FAILED, "the engine process 1 was ended by SIGKILL")
 
     def test_tells_stopping_by_its_own_end_from_failing(self, bench: Bench, quiet: Quiet) -> None:
         bench.manager().start(bench.resolved(), quiet)

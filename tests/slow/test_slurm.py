@@ -152,7 +152,8 @@ def test_a_job_is_an_instance(here: SglangBench) -> None:
     assert manager.address("default").api_key == "the-key"
     with pytest.raises(AlreadyRunning):
         instances.submit(resolved, allocation)
-    told = slurm_jobs._run(["scontrol", "show", "job", status.job])
+    argv = ["scontrol", "show", "job", status.job]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     assert "Requeue=0" in told
     assert "the-key" not in told
 

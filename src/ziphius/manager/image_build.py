@@ -60,7 +60,7 @@ def build(source: str, target: Path, env: Mapping[str, str], on_progress: OnProg
             apptainer_version=_output((program, "--version"), env).strip().rpartition(" ")[2],
             size_bytes=partial.stat().st_size,
         )
-        _put(partial, target, record)
+        put_image(partial, target, record)
     except OSError as e:
         raise ImageError(f"cannot write {e.filename or target}: {e.strerror}") from e
     finally:
@@ -168,7 +168,8 @@ def _output(command: tuple[str, ...], env: Mapping[str, str]) -> str:
         raise ImageError(f"{' '.join(command[:2])} failed: {e}") from e
 
 
-def _put(partial: Path, target: Path, record: ImageRecord) -> None:
+def put_image(partial: Path, target: Path, record: ImageRecord) -> None:
+    """Move the image `partial` to `target`, with `record` beside it."""
     beside = image.record_path(target)
     temporary = beside.with_name(f".{beside.name}.{os.getpid()}")
     temporary.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")

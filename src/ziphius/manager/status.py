@@ -128,7 +128,11 @@ def _live(known: InstanceStatus, record: Record, target: process.StartedProcess,
 
     answer = watch.ask(_ASK_S)
     known = replace(known, memory_bytes=process.resident_bytes(target))
-    return _told(known, answer, max(0.0, time.time() - record.started_at))
+    live = _told(known, answer, max(0.0, time.time() - record.started_at))
+    if live.state is State.STARTING and answer.status is None and (reason := watch.last_words()) is not None:
+        # It does not listen because it has failed, and is about to end.
+        return replace(live, state=State.FAILED, reason=reason)
+    return live
 
 
 def _told(known: InstanceStatus, answer: ServerAnswer, age_s: float, always_starting: bool = False) -> InstanceStatus:
