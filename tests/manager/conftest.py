@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from tests.planner.conftest import host as host
 from tests.ports import free_port
 
 from ziphius.config import Resolved, resolve
