@@ -14,6 +14,7 @@ from ziphius.checkpoint.locate import (
     ModelFolder,
     Packaged,
     WeightsFile,
+    local_path,
     locate,
 )
 from ziphius.checkpoint.packaged import SMOLLM2
@@ -64,3 +65,8 @@ def test_what_is_neither_a_folder_nor_a_file() -> None:
 
 def test_the_repositorys_own_name() -> None:
     assert HubRepository("owner/other").name == "other"
+
+
+def test_the_path_of_what_is_here_and_of_nothing_else() -> None:
+    assert local_path("m") == Path("m").absolute()
+    assert [local_path(model) for model in (SMOLLM2.model_id, "other/name", "nothing", " ")] == [None] * 4

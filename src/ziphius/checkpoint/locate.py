@@ -78,6 +78,12 @@ def locate(model: str) -> Location | None:
     return HubRepository(model) if is_hub_id(model) else None
 
 
+def local_path(model: str) -> Path | None:
+    """The absolute path of a folder or file that `model` names; None for a packaged model and for what is not here."""
+    place = locate(model)
+    return None if place is None or isinstance(place, (Packaged, HubRepository)) else place.path
+
+
 def is_hub_id(model: str) -> bool:
     """Whether `model` is written as OWNER/NAME."""
     return _HUB_ID.fullmatch(model) is not None and not model.startswith(".")

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from ziphius.checkpoint.hub_cache import hub_cache, hub_home
+from ziphius.checkpoint.locate import local_path
 from ziphius.config import DEFAULT_MODEL, Resolved
 from ziphius.errors import ConfigError
 from ziphius.installation import instances_folder, ziphius_home
@@ -78,9 +79,8 @@ def _kind_that_is_there(resolved: Resolved, env: Mapping[str, str]) -> str:
 
 def _server(resolved: Resolved, env: Mapping[str, str], start_plan: SglangStartPlan) -> SglangServer:
     config = resolved.config
-    model = Path(config.model).expanduser()
-    is_local = model.exists()
-    reads = needed_folders(config.model) if is_local else ()
+    model = local_path(config.model)
+    reads = () if model is None else needed_folders(config.model)
     if config.chat_template is not None and os.path.isfile(config.chat_template):
         reads = (*reads, Path(config.chat_template).absolute())
     variables = dict(threads_environment(resolved))
@@ -89,7 +89,7 @@ def _server(resolved: Resolved, env: Mapping[str, str], start_plan: SglangStartP
         reads, variables["HF_TOKEN_PATH"] = (*reads, token), str(token)
     return SglangServer(
         name=config.name,
-        arguments=arguments(resolved, start_plan.planned, str(model.absolute()) if is_local else config.model),
+        arguments=arguments(resolved, start_plan.planned, config.model if model is None else str(model)),
         variables=variables,
         secrets=_secrets(resolved, env),
         reads=reads,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ziphius.checkpoint.locate import local_path
 from ziphius.config import Resolved, option_fields
 from ziphius.errors import ConfigError
 from ziphius.installation import ziphius_home
@@ -55,8 +56,9 @@ def for_job(resolved: Resolved, allocation: Allocation) -> Resolved:
         changes["tp"] = allocation.nodes * allocation.gpus_per_node
     if allocation.nodes > 1 and changes.get("tp", config.tp) % allocation.nodes:
         raise ConfigError(f"tp {config.tp} does not spread evenly over {allocation.nodes} nodes", param="tp")
-    if Path(config.model).expanduser().exists():
-        changes["model"] = str(Path(config.model).expanduser().absolute())
+    path = local_path(config.model)
+    if path is not None:
+        changes["model"] = str(path)
     return Resolved(replace(config, **changes), {**origins, **dict.fromkeys(changes, "slurm")})
 
 

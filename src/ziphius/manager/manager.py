@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import time
@@ -278,11 +277,9 @@ def _said(answer: ServerAnswer) -> str:
 
 def _with_absolute_paths(resolved: Resolved) -> Resolved:
     """Make relative paths absolute, also a local model's: a restart from another folder must find them."""
-    from ziphius.checkpoint.packaged import fetchable_models
+    from ziphius.checkpoint.locate import local_path
     from ziphius.launchers.engines import with_absolute_paths  # here: `status` does without these
 
     resolved = with_absolute_paths(resolved)
-    model = resolved.config.model
-    if model not in fetchable_models() and os.path.exists(model):
-        return replace(resolved, config=replace(resolved.config, model=os.path.abspath(model)))
-    return resolved
+    path = local_path(resolved.config.model)
+    return resolved if path is None else replace(resolved, config=replace(resolved.config, model=str(path)))

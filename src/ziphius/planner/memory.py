@@ -1,4 +1,4 @@
-"""The one memory formula: bytes of weights and cache on a rank, and how large the pool may be; no torch, no I/O.
+"""The one memory formula: bytes of weights and cache on a rank, and what a step needs beside them; no torch, no I/O.
 
 The planner, the check at start and the engine's pool sizing all call it. So a start can compare
 what was predicted with what was measured. All sizes are bytes of one tensor-parallel rank.

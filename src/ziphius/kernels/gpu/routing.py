@@ -61,7 +61,7 @@ def _choose(scores, expert, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, KEPT_GR
 def _top_k(logits, ids, weights, token, scale, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
            BLOCK_P: tl.constexpr, KEPT_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
            RENORMALIZE: tl.constexpr):  # fmt: skip
-    """One token's experts from its logits [EXPERTS]: see layers.moe.select_experts."""
+    """One token's experts from its logits [EXPERTS]: see kernels.routing_reference.select_experts."""
     WIDTH: tl.constexpr = TOP_K + SHARED
     PER_GROUP: tl.constexpr = EXPERTS // GROUPS
     g, p = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_P)
