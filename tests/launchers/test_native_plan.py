@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from ziphius.config import Resolved, resolve
-from ziphius.errors import ConfigError, DoesNotFit, LacksMemory, ModelError
+from ziphius.errors import ConfigError, DoesNotFit, LacksMemory, ModelError, ModelNotFound
 from ziphius.launchers import engines
 from ziphius.launchers.engines import engine_launcher, native_in_foreground
 from ziphius.launchers.native_plan import NativeStartPlan, plan_native
@@ -63,6 +63,19 @@ def test_what_is_not_here_yet_is_left_to_the_server(tmp_path: Path) -> None:
     made = resolve({"model": "somebody/something"}, env={})
     environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     assert plan_native(made, environment, force=False, probe=lambda: parse_gpus("H200")) == NativeStartPlan()
+
+
+def test_what_no_server_could_fetch_is_refused_unless_forced(tmp_path: Path) -> None:
+    made = resolve({"model": str(tmp_path / "missing")}, env={})
+    with pytest.raises(ModelNotFound, match=r"no model .*missing"):
+        plan_native(made, {}, force=False, probe=lambda: parse_gpus("H200"))
+    assert "no model" in plan_native(made, {}, force=True, probe=lambda: parse_gpus("H200")).notes[0]
+
+
+def test_a_gpu_that_is_not_there_needs_no_model_to_be_refused(tmp_path: Path) -> None:
+    made = resolve({"model": "somebody/something", "device": "cuda"}, env={})
+    with pytest.raises(ConfigError, match="use --device cpu"):
+        plan_native(made, {"HF_HOME": str(tmp_path)}, force=False, probe=Host)
 
 
 def test_serve_is_planned_like_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

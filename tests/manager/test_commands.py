@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Begin = Callable[..., subprocess.Popen[str]]
 CLI = Path(__file__).with_name("stand_in_cli.py")
+MODEL = "stand/in"
+"""The stand-in server needs no model, but a start refuses a name that can be none."""
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -33,7 +35,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 30.0) -> None:
 
 def environment(bench: Bench) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("ZIPHIUS_")}
-    return {**kept, "ZIPHIUS_HOME": str(bench.home), "ZIPHIUS_DRAIN_TIMEOUT": "1"}
+    return {**kept, "ZIPHIUS_HOME": str(bench.home), "ZIPHIUS_DRAIN_TIMEOUT": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def run(bench: Bench, *words: str, stdin: str = "") -> subprocess.CompletedProce
 
 def start(bench: Bench, *options: str) -> subprocess.CompletedProcess[str]:
     port = str(bench.resolved().config.port)
-    return run(bench, "--", "start", "--model", "stand-in", "--port", port, *options)
+    return run(bench, "--", "start", "--model", MODEL, "--port", port, *options)
 
 
 def test_the_life_of_an_instance(bench: Bench) -> None:
@@ -70,9 +72,9 @@ def test_the_life_of_an_instance(bench: Bench) -> None:
     for part in (f"default runs at {url}", str(record.pid), "server.log", f"curl {url}/v1/chat/completions"):
         assert part in done.stdout
 
-    again = run(bench, "--", "start", "--model", "stand-in", "--port", str(record.resolved.config.port))
+    again = run(bench, "--", "start", "--model", MODEL, "--port", str(record.resolved.config.port))
     assert (again.returncode, again.stdout.split("\n")[0]) == (0, f"default runs already at {url}")
-    other = run(bench, "--", "start", "--model", "stand-in", "--port", str(bench.resolved().config.port))
+    other = run(bench, "--", "start", "--model", MODEL, "--port", str(bench.resolved().config.port))
     assert other.returncode == 1
     assert "runs already, with other settings" in other.stderr
 
@@ -80,7 +82,7 @@ def test_the_life_of_an_instance(bench: Bench) -> None:
     assert status.returncode == 0
     assert "2 running, 1 queued" in status.stdout
     told = json.loads(run(bench, "--", "status", "--json").stdout)
-    assert (told["state"], told["pid"], told["model"], told["queued"]) == ("running", record.pid, "stand-in", 1)
+    assert (told["state"], told["pid"], told["model"], told["queued"]) == ("running", record.pid, MODEL, 1)
     assert [each["name"] for each in json.loads(run(bench, "--", "status", "--all", "--json").stdout)] == ["default"]
     assert "default  running" in run(bench, "--", "status", "--all").stdout
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ziphius.checkpoint.locate import locate
 from ziphius.config import Resolved
 from ziphius.errors import ConfigError, DoesNotFit, DownloadError, ModelError, ModelNotFound
 from ziphius.launchers.software import torch_has_cuda
-from ziphius.planner.admission import admit_on_host, overridden
+from ziphius.planner.admission import admit_on_host, overridden, require_device
 from ziphius.planner.find_model import find_model
 from ziphius.planner.hardware import Host
 from ziphius.planner.plan import Plan
@@ -54,9 +55,12 @@ def plan_native(
     rank_layout(config)  # A contradiction is refused before the machine is probed, and --force does not change that.
     host = probe()
     try:
+        require_device(config, host)
         source = find_model(config.model, env, config.revision)
         plan = admit_on_host(config, source, host, torch_cuda=torch_has_cuda() if torch_cuda is None else torch_cuda)
-    except (ModelNotFound, DownloadError):
+    except (ModelNotFound, DownloadError) as e:
+        if locate(config.model) is None:  # The server could not fetch it either.
+            return NativeStartPlan(notes=(overridden(e, force),))
         return NativeStartPlan()
     except (DoesNotFit, ConfigError, ModelError) as e:
         return NativeStartPlan(notes=(overridden(e, force),))

@@ -42,9 +42,7 @@ def admit_on_host(config: ServeConfig, source: ModelSource, host: Host, *, torch
 
     `torch_cuda`: whether torch has CUDA, which decides what --device auto means to the engine.
     """
-    if config.device == "cuda" and not host.gpus:
-        why = f": {host.gpu_error}" if host.gpu_error else ""
-        raise ConfigError(f"device is cuda, but there is no GPU here{why}; use --device cpu", param="device")
+    require_device(config, host)
     if config.deterministic:
         device = request_on_host(config, host, source, torch_cuda=torch_cuda).device or "cpu"
         require_deterministic(device, *resolve_formats(device, config.dtype, config.weights_format))
@@ -53,6 +51,13 @@ def admit_on_host(config: ServeConfig, source: ModelSource, host: Host, *, torch
     if plan.recommendation is None:
         raise refusal(plan)
     return plan
+
+
+def require_device(config: ServeConfig, host: Host) -> None:
+    """ConfigError when a GPU is asked for and there is none. No model is needed to say so."""
+    if config.device == "cuda" and not host.gpus:
+        why = f": {host.gpu_error}" if host.gpu_error else ""
+        raise ConfigError(f"device is cuda, but there is no GPU here{why}; use --device cpu", param="device")
 
 
 def plan_on_host(config: ServeConfig, source: ModelSource, host: Host, *, torch_cuda: bool) -> Plan:
