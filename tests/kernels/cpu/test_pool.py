@@ -29,8 +29,9 @@ def _count(thread: int, threads: int, sync: int, arguments: int) -> None:
 COUNT = PoolJob(_count)
 
 
-def own_threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("ziphius-cpu-")}
+def new_threads(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Threads since `before`: not those of pools that other tests left, which end whenever they are collected."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ziphius-cpu-")} - before
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -47,17 +48,18 @@ def test_each_task_once_and_phases_in_order(threads: int) -> None:
 
 
 def test_threads_end_when_told_and_start_again() -> None:
-    before = own_threads()
+    before = set(threading.enumerate())
     pool, program = ThreadPool(4), Program()
     counts = np.zeros(3, dtype=np.int64)
     arguments = program.add(COUNT, counts.ctypes.data, 3, 0)
     for run in range(3):
         arguments[2] = run
         pool.run(program)
-        assert len(own_threads() - before) <= 3
+        own = new_threads(before)
+        assert len(own) <= 3
         assert (counts == run + 1).all()
         pool.close()
-        assert own_threads() == before
+        assert not any(thread.is_alive() for thread in own)
     pool.close()
 
 
@@ -67,12 +69,11 @@ def test_threads_end_with_the_pool() -> None:
     counts = np.zeros(3, dtype=np.int64)
     program.add(COUNT, counts.ctypes.data, 3, 0)
     pool.run(program)
-    # Its own threads: those of a pool that another test has left end whenever that is collected.
-    own = set(threading.enumerate()) - before
+    own = new_threads(before)
     assert len(own) == 2
     del pool
     gc.collect()
-    assert [thread for thread in own if thread.is_alive()] == []
+    assert not any(thread.is_alive() for thread in own)
 
 
 def test_an_empty_program_does_nothing() -> None:
