@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,22 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from ziphius.checkpoint import pull
 from ziphius.checkpoint.gguf import GGUFSource
-from ziphius.config import DEFAULT_MODEL
 from ziphius.engine.loading import LoadedRank
-from ziphius.installation import ziphius_home
 from ziphius.ipc.messages import AddRequest
 from ziphius.tokenizer.tokenizer import Tokenizer
 
 Add = Callable[..., AddRequest]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-
-
-@pytest.fixture(scope="module")
-def smollm2_path() -> Path:
-    """Fetched once into the user's own cache, as `ziphius pull` would."""
-    return pull.fetch(DEFAULT_MODEL, ziphius_home(os.environ))
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +92,12 @@ def test_it_agrees_with_transformers(
     told = torch.tensor([one.logprob for one in answer.prompt_logprobs + answer.logprobs])
     scale = float(logits.abs().max())
     assert float((told - wanted[:, 0]).abs().max()) < 1e-4 * scale
+
+
+@pytest.mark.usefixtures("smollm2_path")
+def test_the_readmes_python_example() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -240,11 +240,11 @@ def _waiting() -> Callable[[float], None]:
 
 
 def _show_started(manager: Manager, started: Started, json: bool) -> None:
-    from ziphius.cli import output as cli_print
+    from ziphius.cli import output
 
     if json:
-        cli_print.print_json(started.status)
+        output.print_json(started.status)
         return
     record = manager.record(started.status.name)
     assert record is not None  # the record was written before anything ran
-    cli_print.print_started(started, record.resolved.config)
+    output.print_started(started, record.resolved.config)

@@ -24,15 +24,15 @@ def status(
 
     Exit status: 0 running (starting and stopping too), 1 failed, 3 stopped, 4 unknown or unhealthy.
     """
-    from ziphius.cli import output as cli_print
+    from ziphius.cli import output
 
     observer = _observer()
     if all_:
         found = observer.statuses()
-        cli_print.print_json(found) if json else cli_print.print_statuses(found)
+        output.print_json(found) if json else output.print_statuses(found)
         return
     one = observer.status(selected_name(name))
-    cli_print.print_json(one) if json else cli_print.print_status(one)
+    output.print_json(one) if json else output.print_status(one)
     raise typer.Exit(one.state.exit_code)
 
 

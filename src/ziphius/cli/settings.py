@@ -40,10 +40,10 @@ def config(flags: dict[str, Any], config: ConfigFile = None, json: Json = False)
 
     Takes the options of `start`, to see what they would do.
     """
-    from ziphius.cli import output as cli_print
+    from ziphius.cli import output
 
-    found = cli_print.settings(resolved_from(flags, config))
-    cli_print.print_json(found) if json else cli_print.print_settings(found)
+    found = output.settings(resolved_from(flags, config))
+    output.print_json(found) if json else output.print_settings(found)
 
 
 def version() -> None:
